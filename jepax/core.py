@@ -1,0 +1,208 @@
+"""The contract every method keeps, and the one training step they all share.
+
+Read this file first. A method is a frozen dataclass with four pure functions (`Method`).
+`make_train_step` turns any of them into one jitted function:
+
+    batch -> method.loss -> gradients -> optax -> method.update (EMA, centers, queues) -> metrics
+
+The trainer never names a target, a mask or a teacher: what optax moves is `params`, all else
+that persists is `carry`, and only the method knows what lies in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+Params = Any
+Carry = Any
+Batch = dict[str, jax.Array]  # image u8[b h w c], label i32[b], ...; see DESIGN of data
+Metrics = dict[str, jax.Array]  # 'group/name' -> f32[]
+
+
+@struct.dataclass
+class LossOut:
+  """What a loss returns beside its value: the state it moved and what it saw."""
+
+  carry: Carry
+  metrics: Metrics
+
+
+@struct.dataclass
+class Features:
+  """Frozen features: tokens f32[b n d] and one pooled vector a sample, f32[b d]."""
+
+  tokens: jax.Array
+  pooled: jax.Array
+
+
+@struct.dataclass
+class TrainState:
+  """All that training persists; arrays only, so it shards, donates and saves as one tree.
+
+  step: i32[] updates tried; skipped: i32[2], (in a row, in all) updates skipped as non-finite;
+  key: u32[2], raw key data, constant through a run (randomness folds in the step).
+  """
+
+  step: jax.Array
+  params: Params
+  carry: Carry
+  opt_state: optax.OptState
+  key: jax.Array
+  skipped: jax.Array
+
+
+class Method(Protocol):
+  """A frozen dataclass of modules, samplers and numbers with four pure functions.
+
+  branches: the encoders `encode` can run, the one to evaluate first: ('target', 'online').
+  couples_batch: whether the loss mixes samples; gradients then can't be accumulated.
+  """
+
+  branches: tuple[str, ...]
+  couples_batch: bool
+
+  def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]: ...
+
+  def loss(
+    self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
+  ) -> tuple[jax.Array, LossOut]: ...
+
+  def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry: ...
+
+  def encode(self, params: Params, carry: Carry, batch: Batch, *, branch: str) -> Features: ...
+
+
+def sample_keys(key: jax.Array, batch: Batch, *, count: int) -> jax.Array:
+  """One key a sample, the same on any number of devices and any split into micro-batches.
+
+  Args:
+    key: the step's key for one purpose.
+    batch: may carry `sample` i32[b], each row's index in the global batch.
+    count: b, used to number the rows when `sample` is absent.
+
+  Returns:
+    keys [b].
+  """
+  index = batch["sample"] if "sample" in batch else jnp.arange(count)
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+
+
+def ema(old: Params, new: Params, momentum: jax.Array | float) -> Params:
+  """momentum * old + (1 - momentum) * new, leaf by leaf, in float32 (bfloat16 would stall)."""
+  return jax.tree.map(lambda o, n: o + (1 - momentum) * (n.astype(o.dtype) - o), old, new)
+
+
+def init_state(
+  method: Method, tx: optax.GradientTransformation, key: jax.Array, batch: Batch
+) -> TrainState:
+  """Builds the state of step 0. Traceable: run it under jit with out_shardings, or eval_shape.
+
+  Args:
+    method: any Method.
+    tx: the optimizer, see `jepax.optim`.
+    key: a typed PRNG key.
+    batch: one batch; only shapes and dtypes matter.
+  """
+  init_key, run_key = jax.random.split(key)
+  params, carry = method.init(init_key, batch)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    carry=carry,
+    opt_state=tx.init(params),
+    key=jax.random.key_data(run_key),
+    skipped=jnp.zeros((2,), jnp.int32),
+  )
+
+
+def make_train_step(
+  method: Method, tx: optax.GradientTransformation, *, accumulate: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """The training step: a pure function (state, batch) -> (state, metrics), ready for jax.jit.
+
+  An update whose loss or gradient is not finite changes nothing but the counters.
+
+  Args:
+    method: any Method.
+    tx: the optimizer whose state `init_state` made.
+    accumulate: micro-batches a step; gradients are averaged, `update` runs once.
+
+  Raises:
+    ValueError: accumulation over a method whose loss couples the batch.
+  """
+  if accumulate < 1:
+    raise ValueError(f"accumulate must be at least 1, found {accumulate}")
+  if accumulate > 1 and method.couples_batch:
+    raise ValueError(
+      f"{type(method).__name__} computes its loss over the whole batch, so accumulating over "
+      f"{accumulate} micro-batches would train on another loss. Set accumulate=1 and use more "
+      "devices or a smaller batch."
+    )
+  value_and_grad = jax.value_and_grad(method.loss, has_aux=True)
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    batch = {**batch, "sample": jnp.arange(_batch_size(batch), dtype=jnp.int32)}
+    loss, grads, out = _gradients(value_and_grad, state, batch, key, accumulate)
+    grad_norm = optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    carry = method.update(params, out.carry, state.step)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    moved = (params, carry, opt_state)
+    kept = (state.params, state.carry, state.opt_state)
+    params, carry, opt_state = jax.tree.map(lambda m, k: jnp.where(finite, m, k), moved, kept)
+    bad = 1 - finite.astype(jnp.int32)
+    skipped = jnp.stack([(state.skipped[0] + 1) * bad, state.skipped[1] + bad])
+    metrics = {
+      **out.metrics,
+      "train/loss": loss,
+      "train/grad_norm": grad_norm,
+      "train/param_norm": optax.global_norm(params),
+      "train/update_norm": optax.global_norm(updates),
+      "train/skipped_in_a_row": skipped[0],
+      "train/skipped": skipped[1],
+    }
+    metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+    new = TrainState(state.step + 1, params, carry, opt_state, state.key, skipped)
+    return new, metrics
+
+  return step
+
+
+def _gradients(value_and_grad, state, batch, key, accumulate):
+  """Loss, gradient and LossOut of one batch, or of its micro-batches averaged in a scan."""
+  if accumulate == 1:
+    (loss, out), grads = value_and_grad(state.params, state.carry, batch, key, state.step)
+    return loss, grads, out
+
+  # Micro-batch j takes rows j, j + accumulate, ...: every device keeps the rows it holds.
+  micro = jax.tree.map(lambda x: _micro_batches(x, accumulate), batch)
+
+  def body(carry, rows):
+    method_carry, total = carry
+    (loss, out), grads = value_and_grad(state.params, method_carry, rows, key, state.step)
+    total = jax.tree.map(jnp.add, total, (loss, grads))
+    return (out.carry, total), out.metrics
+
+  zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+  (carry, total), metrics = jax.lax.scan(body, (state.carry, zeros), micro)
+  loss, grads = jax.tree.map(lambda x: x / accumulate, total)
+  return loss, grads, LossOut(carry, jax.tree.map(lambda x: x.mean(0), metrics))
+
+
+def _micro_batches(x: jax.Array, accumulate: int) -> jax.Array:
+  return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)  # [b ...] -> [a b/a ...]
+
+
+def _batch_size(batch: Batch) -> int:
+  leaves = jax.tree.leaves(batch)
+  chex.assert_equal_shape_prefix(leaves, 1)
+  return leaves[0].shape[0]

@@ -1,0 +1,61 @@
+"""I-JEPA, the image preset of `JEPA`: ViT, multi-block masks, linear EMA, smooth-L1.
+
+Source: arXiv 2301.08243; facebookresearch/ijepa 52c1ae9. Deviations between paper and code are
+resolved in favour of the code, which made the released weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jepax.config import Run, construct
+from jepax.data.augment import Augment
+from jepax.masks.multiblock import MultiBlock
+from jepax.methods.jepa import JEPA
+from jepax.models.predictor import Predictor
+from jepax.models.vit import vit
+from jepax.optim import linear
+
+
+def build(
+  run: Run,
+  *,
+  encoder: Mapping[str, Any],
+  predictor: Mapping[str, Any],
+  masks: Mapping[str, Any],
+  views: Mapping[str, Any],
+  momentum: tuple[float, float] = (0.996, 1.0),
+  objective: str = "smooth_l1",
+) -> JEPA:
+  """I-JEPA for a run.
+
+  Args:
+    run: image size, channels, normalisation, steps and compute dtype.
+    encoder: arguments of `models.vit.vit`: variant, patch, ...
+    predictor: fields of `models.predictor.Predictor`; heads default to the encoder's, as in the
+      reference (a head is then 24 or 32 wide, not 64).
+    masks: fields of `masks.multiblock.MultiBlock` but the grid.
+    views: fields of `data.augment.Augment` but mean and std.
+    momentum: of the target at the first and the last step, linear between.
+    objective: 'smooth_l1' (code) or 'mse' (paper).
+
+  Raises:
+    ValueError: an unknown key, or a value that can't work.
+  """
+  network = construct(vit, encoder, where="method.encoder", dtype=run.dtype)
+  grid = run.grid(network.patch)
+  return JEPA(
+    encoder=network,
+    predictor=construct(
+      Predictor,
+      {"heads": network.heads, **predictor},
+      where="method.predictor",
+      dtype=run.dtype,
+    ),
+    masks=construct(MultiBlock, masks, where="method.masks", grid=grid),
+    views=construct(Augment, views, where="method.views", mean=run.mean, std=run.std),
+    momentum=linear(*momentum, steps=run.steps),
+    grid=grid,
+    objective=objective,
+  )

@@ -1,0 +1,102 @@
+"""JEPA: predict the target encoder's output at hidden tokens from the visible ones.
+
+Any encoder, any predictor, any masks, any objective. I-JEPA is a preset (`ijepa.py`).
+Source: arXiv 2301.08243; facebookresearch/ijepa 52c1ae9 (src/train.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+from flax import linen as nn
+
+from jepax import losses
+from jepax.core import Batch, Carry, Features, LossOut, Params, ema, sample_keys
+from jepax.masks.tokens import gather
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JEPA:
+  """The joint-embedding predictive architecture as a `jepax.core.Method`.
+
+  encoder: linen module (images f32[b h w c], TokenSet or None) -> [b n d].
+  predictor: linen module (context [b k d], its TokenSet, target TokenSet, grid=) -> [b m t d].
+  masks: sampler (sample keys [b], step key) -> context and target TokenSets.
+  views: device-side augmentation (keys, images u8) -> f32, with `clean(images)`.
+  momentum: step -> EMA momentum of the target.
+  objective: name of an elementwise loss in `losses.OBJECTIVES`.
+  grid: patches (rows, columns) of an image.
+  """
+
+  encoder: nn.Module
+  predictor: nn.Module
+  masks: Any
+  views: Any
+  momentum: Callable[[jax.Array], jax.Array]
+  grid: tuple[int, int]
+  objective: str = "smooth_l1"
+
+  branches: ClassVar[tuple[str, ...]] = ("target", "online")
+  couples_batch: ClassVar[bool] = False
+
+  def __post_init__(self):
+    if self.objective not in losses.OBJECTIVES:
+      allowed = sorted(losses.OBJECTIVES)
+      raise ValueError(f"objective {self.objective!r} is unknown; allowed: {allowed}")
+
+  def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:
+    """Encoder and predictor parameters; the target starts as a copy of the encoder."""
+    encoder_key, predictor_key = jax.random.split(key)
+    images = self.views.clean(batch["image"])
+    masks = self.draw_masks(key, batch)
+    encoder = self.encoder.init(encoder_key, images, masks.context)["params"]
+    context = self.encoder.apply({"params": encoder}, images, masks.context)
+    predictor = self.predictor.init(
+      predictor_key, context, masks.context, masks.targets, grid=self.grid
+    )["params"]
+    target = jax.tree.map(lambda x: x.copy(), encoder)  # its own buffers: the state is donated
+    return {"encoder": encoder, "predictor": predictor}, {"target": target}
+
+  def draw_masks(self, key: jax.Array, batch: Batch) -> Any:
+    """The context and targets of every sample, from the step's key."""
+    sample_key, step_key = jax.random.split(key)
+    return self.masks(sample_keys(sample_key, batch, count=batch["image"].shape[0]), step_key)
+
+  def loss(
+    self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
+  ) -> tuple[jax.Array, LossOut]:
+    """One batch: view, mask, target, context, prediction, comparison."""
+    view_key, mask_key = jax.random.split(key)
+    keys = sample_keys(view_key, batch, count=batch["image"].shape[0])
+    images = self.views(keys, batch["image"])  # [b h w c]
+    masks = self.draw_masks(mask_key, batch)
+
+    # The target encoder sees the whole image; blocks are cut from its output.
+    target = self.encoder.apply({"params": carry["target"]}, images)  # [b n d]
+    target = jax.lax.stop_gradient(losses.layer_norm(target))
+    target = gather(target, masks.targets)  # [b m t d]
+
+    context = self.encoder.apply({"params": params["encoder"]}, images, masks.context)  # [b k d]
+    prediction = self.predictor.apply(
+      {"params": params["predictor"]}, context, masks.context, masks.targets, grid=self.grid
+    )  # [b m t d]
+    error = losses.OBJECTIVES[self.objective](prediction, target)
+    loss = losses.token_mean(error, masks.targets.valid)
+    metrics = {
+      "schedule/momentum": self.momentum(step),
+      **masks.metrics(),
+    }
+    return loss, LossOut(carry, metrics)
+
+  def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:
+    """Moves the target towards the encoder, after the optimizer step."""
+    return {"target": ema(carry["target"], params["encoder"], self.momentum(step))}
+
+  def encode(self, params: Params, carry: Carry, batch: Batch, *, branch: str) -> Features:
+    """All patches, no masks, no augmentation; pooled is their mean."""
+    weights = {"target": carry["target"], "online": params["encoder"]}[branch]
+    tokens = self.encoder.apply({"params": weights}, self.views.clean(batch["image"]))
+    return Features(tokens, tokens.mean(1))

@@ -1,0 +1,151 @@
+"""MAE: reconstruct the pixels of hidden patches. No target network, no carried state.
+
+Source: arXiv 2111.06377; the formulas only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jepax import losses
+from jepax.config import Run, construct
+from jepax.core import Batch, Carry, Features, LossOut, Params, sample_keys
+from jepax.data.augment import Augment
+from jepax.masks.random import Random
+from jepax.masks.tokens import TokenSet, gather
+from jepax.models.decoder import PixelDecoder
+from jepax.models.vit import patchify, vit
+
+
+def patch_targets(patches: jax.Array, *, normalize: bool) -> jax.Array:
+  """What the decoder predicts: pixels, or pixels standardised within each patch.
+
+  Args:
+    patches: f32[... p*p*c] of normalised pixels.
+    normalize: subtract the patch's mean, divide by its (unbiased) standard deviation.
+  """
+  if not normalize:
+    return patches
+  mean = patches.mean(-1, keepdims=True)
+  variance = patches.var(-1, keepdims=True, ddof=1)
+  return (patches - mean) * jax.lax.rsqrt(variance + 1e-6)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MAE:
+  """Masked autoencoder as a `jepax.core.Method`.
+
+  encoder: a ViT with a class token. decoder: a PixelDecoder. masks: sampler whose context is
+  seen and whose single target set is hidden. views: device-side augmentation.
+  grid: patches (rows, columns). normalize_patches: standardise the target of each patch.
+  """
+
+  encoder: nn.Module
+  decoder: nn.Module
+  masks: Any
+  views: Any
+  grid: tuple[int, int]
+  normalize_patches: bool = True
+
+  branches: ClassVar[tuple[str, ...]] = ("online",)
+  couples_batch: ClassVar[bool] = False
+
+  def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:
+    """Encoder and decoder parameters; nothing is carried."""
+    encoder_key, decoder_key = jax.random.split(key)
+    images = self.views.clean(batch["image"])
+    visible, hidden = self.draw_masks(key, batch)
+    encoder = self.encoder.init(encoder_key, images, visible)["params"]
+    x = self.encoder.apply({"params": encoder}, images, visible)
+    decoder = self.decoder.init(decoder_key, x, visible, hidden, grid=self.grid)["params"]
+    return {"encoder": encoder, "decoder": decoder}, {}
+
+  def draw_masks(self, key: jax.Array, batch: Batch) -> tuple[TokenSet, TokenSet]:
+    """Visible [b k] and hidden [b t] patches of every sample, from the step's key."""
+    sample_key, step_key = jax.random.split(key)
+    masks = self.masks(sample_keys(sample_key, batch, count=batch["image"].shape[0]), step_key)
+    return masks.context, jax.tree.map(lambda x: x[:, 0], masks.targets)
+
+  def loss(
+    self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
+  ) -> tuple[jax.Array, LossOut]:
+    """One batch: view, mask, encode the visible, reconstruct the hidden, compare."""
+    view_key, mask_key = jax.random.split(key)
+    keys = sample_keys(view_key, batch, count=batch["image"].shape[0])
+    images = self.views(keys, batch["image"])
+    visible, hidden = self.draw_masks(mask_key, batch)
+
+    x = self.encoder.apply({"params": params["encoder"]}, images, visible)  # [b 1+k d]
+    prediction = self.decoder.apply(
+      {"params": params["decoder"]}, x, visible, hidden, grid=self.grid
+    )  # [b t p*p*c]
+    target = gather(patchify(images, patch=self.encoder.patch), hidden)
+    target = patch_targets(target, normalize=self.normalize_patches)
+    loss = losses.token_mean(losses.squared(prediction, target), hidden.valid)
+    metrics = {
+      "mask/context_tokens": jnp.mean(visible.size.astype(jnp.float32)),
+      "mask/target_tokens": jnp.mean(hidden.size.astype(jnp.float32)),
+    }
+    return loss, LossOut(carry, metrics)
+
+  def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:
+    """Nothing persists beside the parameters."""
+    return carry
+
+  def encode(self, params: Params, carry: Carry, batch: Batch, *, branch: str) -> Features:
+    """All patches; tokens leave the class token out, pooled is their mean."""
+    del branch  # the only one
+    x = self.encoder.apply({"params": params["encoder"]}, self.views.clean(batch["image"]))
+    return Features(x[:, 1:], x[:, 1:].mean(1))
+
+
+def build(
+  run: Run,
+  *,
+  encoder: Mapping[str, Any],
+  decoder: Mapping[str, Any],
+  views: Mapping[str, Any],
+  mask_ratio: float = 0.75,
+  normalize_patches: bool = True,
+) -> MAE:
+  """MAE for a run.
+
+  Args:
+    run: image size, channels, normalisation and compute dtype.
+    encoder: arguments of `models.vit.vit`.
+    decoder: fields of `models.decoder.PixelDecoder` but `out`.
+    views: fields of `data.augment.Augment` but mean and std.
+    mask_ratio: share of patches hidden, in (0, 1).
+    normalize_patches: standardise each patch of the target.
+
+  Raises:
+    ValueError: an unknown key, or a value that can't work.
+  """
+  network = construct(
+    vit,
+    {"init_name": "xavier", **encoder},
+    where="method.encoder",
+    dtype=run.dtype,
+    class_token=True,
+  )
+  grid = run.grid(network.patch)
+  return MAE(
+    encoder=network,
+    decoder=construct(
+      PixelDecoder,
+      decoder,
+      where="method.decoder",
+      dtype=run.dtype,
+      out=network.patch**2 * run.channels,
+    ),
+    masks=Random(tokens=grid[0] * grid[1], ratio=mask_ratio),
+    views=construct(Augment, views, where="method.views", mean=run.mean, std=run.std),
+    grid=grid,
+    normalize_patches=normalize_patches,
+  )

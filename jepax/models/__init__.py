@@ -1,0 +1,1 @@
+"""Linen modules that know nothing of training: patches, transformer, encoder, predictor, heads."""

@@ -1,0 +1,75 @@
+"""MAE's decoder: visible tokens and mask tokens, back to pixels.
+
+Source: arXiv 2111.06377.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jepax.masks.tokens import TokenSet
+from jepax.models.transformer import INITS, Transformer, layer_norm
+from jepax.models.vit import sincos2d
+
+
+class PixelDecoder(nn.Module):
+  """width, depth, heads: sizes; mlp_width defaults to 4 * width. out: values a patch."""
+
+  out: int
+  width: int
+  depth: int
+  heads: int
+  mlp_width: int | None = None
+  activation: str = "gelu"
+  init_name: str = "xavier"
+  attention: str = "auto"
+  dtype: jnp.dtype = jnp.float32
+  scan: bool = False
+  remat: str = "none"
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, visible: TokenSet, hidden: TokenSet, *, grid: tuple[int, int]
+  ) -> jax.Array:
+    """Predicts the pixels of the hidden patches.
+
+    Attention does not care for order, so the mask tokens follow the visible ones, each with its
+    position; nothing is shuffled back.
+
+    Args:
+      x: f32[b 1+k d], class token first.
+      visible: positions of the k others, index [b k].
+      hidden: positions to predict, index [b t].
+      grid: patches (rows, columns) of the image.
+
+    Returns:
+      f32[b t out].
+    """
+    chex.assert_rank([visible.index, hidden.index], 2)
+    b, t = hidden.index.shape
+    dense = lambda width, name: nn.Dense(
+      width, dtype=self.dtype, kernel_init=INITS[self.init_name], name=name
+    )
+    position = jnp.asarray(sincos2d(grid, self.width))
+    x = dense(self.width, "embed")(x).astype(jnp.float32)
+    x = x.at[:, 1:].add(position[visible.index])
+    token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+    x = jnp.concatenate([x, token + position[hidden.index]], axis=1)  # [b 1+k+t w]
+    blocks = Transformer(
+      self.depth,
+      self.heads,
+      self.mlp_width or 4 * self.width,
+      self.activation,
+      self.init_name,
+      self.attention,
+      self.dtype,
+      self.scan,
+      self.remat,
+      name="transformer",
+    )
+    valid = jnp.concatenate([jnp.ones((b, 1), bool), visible.valid, hidden.valid], axis=1)
+    x = blocks(x, valid, keep=t)
+    return dense(self.out, "proj")(layer_norm("norm", self.dtype)(x)).astype(jnp.float32)

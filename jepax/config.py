@@ -1,0 +1,359 @@
+"""Configs: plain Python files, dotted overrides, durations, and errors before anything compiles.
+
+A config file defines `get_config(arg='') -> ConfigDict`, starting from `base()`, which lists every
+key there is. The section `method` is open: its keys are the arguments of the method's `build`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+UNITS = ("steps", "epochs", "examples", "%")
+
+
+def base() -> ConfigDict:
+  """Every key of a config with its default. Durations read '100 steps', '3 epochs', '5%'."""
+  from jepax.data.build import defaults as data_defaults
+
+  config = ConfigDict()
+  config.seed = 0
+  config.total = "100 epochs"  # length of training
+  config.batch_size = 128  # examples an optimizer step, over all devices and micro-batches
+  config.accumulate = 1  # micro-batches a step
+  config.precision = "float32"  # of matrix products: float32 or bfloat16; all else is float32
+  config.data = data_defaults()
+  config.method = ConfigDict()
+  config.optim = ConfigDict(
+    dict(
+      name="adamw",  # adamw or lars
+      lr=1e-3,  # at the end of the warm-up
+      start_lr=0.0,
+      final_lr=1e-6,
+      warmup="10%",
+      weight_decay=0.05,  # never on biases and norms
+      final_weight_decay=0.05,  # reached on a cosine
+      b1=0.9,  # LARS: momentum
+      b2=0.999,
+      clip=0.0,  # largest global norm of the gradient; 0 for none
+    )
+  )
+  config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all the devices that the other leaves
+  config.checkpoint = ConfigDict(dict(every="10%", keep=2))
+  config.log = ConfigDict(dict(every="20 steps", tensorboard=True, wandb=""))  # wandb: project
+  config.eval = ConfigDict(
+    dict(
+      every="10%",  # the online probes; 0 for none but the last
+      bank=2000,  # training images whose features the online probes fit on
+      queries=1000,  # held-out images they are scored on
+      final_bank=10000,  # the same for the numbers in results.json
+      final_queries=10000,
+      batch_size=256,  # images a forward pass
+    )
+  )
+  config.stop = ConfigDict(  # early stopping on a logged metric; '' for none
+    dict(metric="", mode="max", patience=3, min_delta=0.0)
+  )
+  config.max_skipped = 10  # non-finite updates in a row that end the run
+  return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a method's `build` knows of the run.
+
+  size, channels: of the square images; mean, std: a channel, of pixels in [0, 1];
+  steps: optimizer steps; dtype: of matrix products.
+  """
+
+  size: int
+  channels: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  steps: int
+  dtype: Any = jnp.float32
+
+  def grid(self, patch: int) -> tuple[int, int]:
+    """Patches (rows, columns) of an image; raises ValueError where they don't divide."""
+    if patch < 1 or self.size % patch:
+      fits = [p for p in range(2, self.size + 1) if self.size % p == 0]
+      raise ValueError(
+        f"method.encoder.patch={patch} does not divide data.size={self.size}; patches that do: "
+        f"{fits}"
+      )
+    return (self.size // patch, self.size // patch)
+
+
+# --- loading --------------------------------------------------------------------------------
+
+
+def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
+  """Reads a config file and applies overrides.
+
+  Args:
+    spec: 'path/to/file.py' or 'path/to/file.py:arg', the arg handed to get_config.
+    overrides: 'dotted.key=value' strings; values are Python literals, bare words are strings.
+
+  Returns:
+    The config, locked.
+
+  Raises:
+    ValueError: a missing file, an unknown key (with the nearest valid one) or a value of the
+      wrong type.
+  """
+  name, _, arg = spec.partition(":")
+  path = Path(name)
+  if not path.is_file():
+    near = nearest(path.name, [p.name for p in path.parent.glob("*.py")])
+    raise ValueError(f"config file {name} does not exist{near}")
+  module_spec = importlib.util.spec_from_file_location(f"jepax_config_{path.stem}", path)
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise ValueError(f"config file {name} defines no get_config(arg='')")
+  config = module.get_config(arg)
+  check_keys(config)
+  for override in overrides:
+    _override(config, override)
+  return config.lock()
+
+
+def parse_arg(arg: str, **defaults: bool | int | float | str) -> ConfigDict:
+  """The part of --config after the colon: 'smoke,patch=7' over defaults(smoke=False, patch=4).
+
+  Raises:
+    ValueError: an unknown name, or a value of another type than its default.
+  """
+  values = dict(defaults)
+  for item in filter(None, arg.split(",")):
+    key, given, text = item.partition("=")
+    if key not in defaults:
+      raise ValueError(
+        f"config argument {key!r} is unknown{nearest(key, defaults)}; allowed: {list(defaults)}"
+      )
+    values[key] = _coerce(text, defaults[key], where=f":{key}") if given else True
+  return ConfigDict(values)
+
+
+def check_keys(config: ConfigDict) -> None:
+  """Raises ValueError where a config has a key that `base()` lacks, or lacks one it has."""
+  expected = base()
+
+  def walk(section, known, prefix):
+    for key in section:
+      if key not in known:
+        names = [prefix + k for k in known]
+        raise ValueError(f"config key {prefix + key!r} is unknown{nearest(prefix + key, names)}")
+    for key, value in known.items():
+      if key not in section:
+        raise ValueError(f"config key {prefix + key!r} is missing; start from jepax.config.base()")
+      if isinstance(value, ConfigDict) and key != "method":
+        walk(section[key], value, f"{prefix}{key}.")
+
+  walk(config, expected, "")
+
+
+def _override(config: ConfigDict, override: str) -> None:
+  dotted, given, text = override.partition("=")
+  if not given:
+    raise ValueError(f"override --config.{dotted} has no value; write --config.{dotted}=VALUE")
+  *parents, leaf = dotted.split(".")
+  section = config
+  for i, name in enumerate(parents):
+    if name not in section or not isinstance(section[name], ConfigDict):
+      _raise_unknown(config, dotted, at=".".join(parents[: i + 1]))
+    section = section[name]
+  if leaf not in section:
+    if dotted.startswith("method.") and dotted != "method.name":
+      section[leaf] = _literal(text)  # the method's build knows whether this key exists
+      return
+    _raise_unknown(config, dotted, at=dotted)
+  if isinstance(section[leaf], ConfigDict):
+    raise ValueError(f"--config.{dotted} is a section; its keys: {list(section[leaf])}")
+  with config.ignore_type():
+    section[leaf] = _coerce(text, section[leaf], where=f"--config.{dotted}")
+
+
+def _raise_unknown(config: ConfigDict, dotted: str, *, at: str) -> None:
+  names = list(flatten(config.to_dict()))
+  raise ValueError(f"--config.{at} is unknown{nearest(dotted, names)}")
+
+
+def _literal(text: str) -> Any:
+  words = {"true": True, "false": False, "none": None}
+  if text.lower() in words:
+    return words[text.lower()]
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _coerce(text: str, old: Any, *, where: str) -> Any:
+  """The value of `text` in the type of the value it replaces."""
+  new = _literal(text)
+  if isinstance(old, str):
+    return text
+  if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
+    return float(new)
+  if isinstance(old, tuple) and isinstance(new, list):
+    return tuple(new)
+  if old is not None and type(new) is not type(old):
+    raise ValueError(f"{where}: found {text!r}, expected a {type(old).__name__} such as {old!r}")
+  return new
+
+
+# --- values ---------------------------------------------------------------------------------
+
+
+def duration(
+  value: str | int, *, where: str, steps_per_epoch: int, batch_size: int, total: int | None = None
+) -> int:
+  """A length of training in optimizer steps.
+
+  Args:
+    value: '100 steps', '3 epochs', '1e6 examples', '10%' (of total), or an int of steps.
+    where: the key, for the error.
+    steps_per_epoch: floor(training images / batch size).
+    batch_size: images a step.
+    total: what '%' refers to, in steps.
+
+  Returns:
+    Steps, rounded to the nearest; at least 1 unless the value is 0.
+
+  Raises:
+    ValueError: an unknown unit, a negative value, '%' where there is no total.
+  """
+  text = f"{value} steps" if isinstance(value, int) else value.strip().replace("%", " %")
+  number, _, unit = text.partition(" ")
+  unit = {"step": "steps", "epoch": "epochs", "example": "examples", "": "steps"}.get(
+    unit.strip(), unit.strip()
+  )
+  scale = {"steps": 1.0, "epochs": steps_per_epoch, "examples": 1 / batch_size}
+  if total is not None:
+    scale["%"] = total / 100
+  try:
+    amount = float(number)
+  except ValueError:
+    amount = -1.0
+  if unit not in scale or not 0 <= amount < float("inf"):
+    units = ", ".join(repr(f"10 {u}" if u != "%" else "10%") for u in UNITS if u in scale)
+    raise ValueError(f"{where}={value!r} is no duration; write one like {units}")
+  return max(round(amount * scale[unit]), int(amount > 0))
+
+
+def positive(config: ConfigDict, *names: str) -> None:
+  """Raises ValueError where a dotted key is not a positive number."""
+  values = flatten(config.to_dict())
+  for name in names:
+    if not values[name] > 0:
+      raise ValueError(f"{name}={values[name]!r} must be positive")
+
+
+def one_of(value: str, allowed: Iterable[str], *, where: str) -> str:
+  """Returns `value`, or raises ValueError with the nearest of the allowed names."""
+  allowed = list(allowed)
+  if value not in allowed:
+    raise ValueError(f"{where}={value!r} is unknown{nearest(value, allowed)}; allowed: {allowed}")
+  return value
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """'; did you mean NAME?', or '' when nothing is near."""
+  names = list(names)
+  close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+  if not close:  # the right name in the wrong section
+    leaf = {n.rsplit(".", 1)[-1]: n for n in names}
+    close = [leaf[c] for c in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, n=1)]
+  return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping) and value:
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+# --- building -------------------------------------------------------------------------------
+
+
+def construct(function: Callable, arguments: Mapping[str, Any], *, where: str, **fixed) -> Any:
+  """Calls a constructor with a config section, after checking every key against its signature.
+
+  Args:
+    function: a class or function.
+    arguments: the config section.
+    where: the section's dotted name, for errors.
+    **fixed: arguments the run decides; a config can't set them.
+
+  Raises:
+    ValueError: a key the constructor doesn't take (with the nearest one it does), one it needs
+      and was not given, one that the run decides, or whatever the constructor itself refuses.
+  """
+  arguments = {k: v for k, v in dict(arguments).items()}
+  parameters = _parameters(function)
+  allowed = [name for name in parameters if name not in fixed]
+  for key in arguments:
+    if key in fixed and key in parameters:
+      raise ValueError(f"{where}.{key} is decided by the run and can't be set; remove it")
+    if key not in parameters:
+      raise ValueError(f"{where}.{key} is unknown{nearest(key, allowed)}; allowed: {allowed}")
+  missing = [n for n, needed in parameters.items() if needed and n not in {*arguments, *fixed}]
+  if missing:
+    raise ValueError(f"{where} lacks {missing}; set --config.{where}.{missing[0]}=...")
+  try:
+    return function(**arguments, **fixed)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{where}: {error}") from error
+
+
+def _parameters(function: Callable) -> dict[str, bool]:
+  """Name -> required, of what a constructor takes; the models' factories take a module's fields."""
+  signature = inspect.signature(function).parameters.values()
+  named = {
+    p.name: p.default is p.empty for p in signature if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+  }
+  if any(p.kind == p.VAR_KEYWORD for p in signature):
+    returned = inspect.get_annotations(function, eval_str=True)["return"]
+    named = {name: False for name in _parameters(returned)} | named
+  return {name: needed for name, needed in named.items() if name not in ("parent", "name")}
+
+
+def methods() -> list[str]:
+  """Names of the methods a config can ask for: files under jepax/methods that offer `build`."""
+  import jepax.methods as package
+
+  names = [m.name for m in pkgutil.iter_modules(package.__path__)]
+  return [n for n in names if hasattr(importlib.import_module(f"jepax.methods.{n}"), "build")]
+
+
+def build_method(section: Mapping[str, Any], run: Run) -> Any:
+  """The method that a config's section `method` describes, found by its name.
+
+  Raises:
+    ValueError: no name, an unknown name, or anything `construct` refuses.
+  """
+  arguments = dict(section)
+  name = one_of(str(arguments.pop("name", "")), methods(), where="method.name")
+  module = importlib.import_module(f"jepax.methods.{name}")
+  try:
+    return construct(module.build, arguments, where="method", run=run)
+  except ValueError as error:
+    raise ValueError(str(error).replace("method: method.", "method.", 1)) from error

@@ -1,0 +1,202 @@
+"""From a config to everything a run needs, built and checked before anything compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jepax import config as config_lib
+from jepax import optim, sharding
+from jepax.core import Batch, Features, Metrics, TrainState, init_state, make_train_step
+from jepax.data.build import Data
+from jepax.data.build import build as build_data
+from jepax.data.loader import Loader
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A run made concrete. The jitted functions compile at their first call.
+
+  steps: optimizer steps of the whole run. every: 'log', 'eval', 'checkpoint' -> steps between
+  two of them, 0 for never. schedules: name -> step -> value, for the log.
+  init: key -> TrainState. train_step: (state, batch) -> (state, metrics), donates the state.
+  encode: branch -> (params, carry, images u8[b h w c]) -> Features.
+  batch_sharding, state_sharding: where batches and states lie on the mesh.
+  """
+
+  config: ConfigDict
+  data: Data
+  method: Any
+  mesh: Mesh
+  steps: int
+  every: dict[str, int]
+  schedules: dict[str, optim.Schedule]
+  init: Callable[[jax.Array], TrainState]
+  train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+  encode: dict[str, Callable[..., Features]]
+  batch_sharding: Any
+  state_sharding: Any
+  abstract_state: Any
+
+  def loader(self, *, start: int) -> Loader:
+    """This process's rows of the training batches, from global batch `start` on."""
+    c = self.config
+    return Loader(
+      self.data.train,
+      self.data.train_transform,
+      batch_size=c.batch_size,
+      seed=c.seed,
+      start=start,
+      stop=self.steps,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      threads=c.data.threads,
+      prefetch=c.data.prefetch,
+      max_bad_fraction=c.data.max_bad_fraction,
+    )
+
+  def initial_state(self) -> TrainState:
+    """The state of step 0, a function of config.seed alone."""
+    return self.init(jax.random.key(self.config.seed))
+
+  def encoders(self, state: TrainState) -> dict[str, Callable[[np.ndarray], Features]]:
+    """Branch -> (images u8[b h w c] -> Features), with the weights of `state`."""
+    replicated = sharding.replicated(self.mesh)
+
+    def bind(encode):
+      def images_to_features(images: np.ndarray) -> Features:
+        placed = jax.make_array_from_callback(images.shape, replicated, lambda at: images[at])
+        return encode(state.params, state.carry, placed)
+
+      return images_to_features
+
+    return {branch: bind(encode) for branch, encode in self.encode.items()}
+
+
+def prepare(config: ConfigDict, *, data: Data | None = None) -> Experiment:
+  """Builds a run and checks all that can be checked without compiling.
+
+  Args:
+    config: from `jepax.config.load`, or `base()` filled in by hand.
+    data: images of the caller's own; by default those that config.data names.
+
+  Raises:
+    ValueError: any setting that can't work, with what was found, what is allowed and a remedy.
+  """
+  config_lib.check_keys(config)
+  config_lib.positive(config, "batch_size", "accumulate", "eval.batch_size", "max_skipped")
+  config_lib.one_of(config.precision, config_lib.PRECISIONS, where="precision")
+  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  _check_batch(config, mesh)
+  data = build_data(config.data) if data is None else data
+  lengths = _durations(config, len(data.train))
+  steps = lengths.pop("total")
+  run = config_lib.Run(
+    size=data.size,
+    channels=data.channels,
+    mean=data.mean,
+    std=data.std,
+    steps=steps,
+    dtype=config_lib.PRECISIONS[config.precision],
+  )
+  method = config_lib.build_method(config.method, run)
+  optimizer = optim.build(config.optim, steps=steps, warmup=lengths.pop("warmup"))
+  return _compile_ready(config, data, method, mesh, steps, lengths, optimizer)
+
+
+def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Experiment:
+  """Wraps the pure functions in jit with their placements; traces `init` to learn the shapes."""
+  image = jax.ShapeDtypeStruct((config.batch_size, data.size, data.size, data.channels), np.uint8)
+  tx = optimizer.tx
+  zeros = lambda: {"image": jax.numpy.zeros(image.shape, image.dtype)}
+  init = lambda key: init_state(method, tx, key, zeros())
+  step = make_train_step(method, tx, accumulate=config.accumulate)
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    jax.eval_shape(step, abstract, {"image": image})
+  placement = sharding.state_shardings(mesh, abstract)
+  replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+
+  def encoder(branch):
+    def encode(params, carry, images):
+      return method.encode(params, carry, {"image": images}, branch=branch)
+
+    return _on_mesh(mesh, jax.jit(encode, out_shardings=replicated))
+
+  return Experiment(
+    config=config,
+    data=data,
+    method=method,
+    mesh=mesh,
+    steps=steps,
+    every=every,
+    schedules=optimizer.schedules,
+    init=_on_mesh(mesh, jax.jit(init, out_shardings=placement)),
+    train_step=_on_mesh(
+      mesh,
+      jax.jit(
+        step,
+        in_shardings=(placement, rows),
+        out_shardings=(placement, replicated),
+        donate_argnums=0,
+      ),
+    ),
+    encode={branch: encoder(branch) for branch in method.branches},
+    batch_sharding=rows,
+    state_sharding=placement,
+    abstract_state=jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, placement
+    ),
+  )
+
+
+def _on_mesh(mesh: Mesh, function: Callable) -> Callable:
+  """Calls `function` inside the mesh, which the activation constraints look up."""
+
+  def call(*arguments):
+    with jax.set_mesh(mesh):
+      return function(*arguments)
+
+  return call
+
+
+def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
+  parts = mesh.size * config.accumulate
+  if config.batch_size % parts:
+    below = config.batch_size // parts * parts
+    near = [n for n in (below, below + parts) if n]
+    raise ValueError(
+      f"batch_size={config.batch_size} does not divide over {mesh.size} device(s) x "
+      f"accumulate={config.accumulate}; nearest that do: {near}"
+    )
+
+
+def _durations(config: ConfigDict, examples: int) -> dict[str, int]:
+  """The config's durations in steps: total, warmup, log, eval, checkpoint."""
+  if examples < config.batch_size:
+    raise ValueError(
+      f"batch_size={config.batch_size} exceeds the {examples} training images; lower batch_size"
+    )
+  scale = dict(steps_per_epoch=examples // config.batch_size, batch_size=config.batch_size)
+  steps = config_lib.duration(config.total, where="total", **scale)
+  if steps < 1:
+    raise ValueError(f"total={config.total!r} is no step at all")
+  keys = {
+    "warmup": ("optim.warmup", config.optim.warmup),
+    "log": ("log.every", config.log.every),
+    "eval": ("eval.every", config.eval.every),
+    "checkpoint": ("checkpoint.every", config.checkpoint.every),
+  }
+  lengths = {
+    name: config_lib.duration(value, where=where, total=steps, **scale)
+    for name, (where, value) in keys.items()
+  }
+  if lengths["log"] < 1:
+    raise ValueError(f"log.every={config.log.every!r} must be at least one step")
+  return {"total": steps, **lengths}

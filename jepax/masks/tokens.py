@@ -24,6 +24,38 @@ class TokenSet:
     return self.valid.sum(-1, dtype=jnp.int32)
 
 
+@struct.dataclass
+class Masks:
+  """What a sampler draws for a batch.
+
+  context: [b k], the tokens the encoder sees; targets: [b m kt], m sets to predict a sample;
+  clipped: bool[b], whether a static bound cut tokens from the context.
+  """
+
+  context: TokenSet
+  targets: TokenSet
+  clipped: jax.Array
+
+  def metrics(self) -> dict[str, jax.Array]:
+    """f32[] each: mean tokens a context, mean tokens a target set, fraction of clipped contexts."""
+    return {
+      "mask/context_tokens": self.context.size.mean(dtype=jnp.float32),
+      "mask/target_tokens": self.targets.size.mean(dtype=jnp.float32),
+      "mask/context_clipped": self.clipped.mean(dtype=jnp.float32),
+    }
+
+
+def first(index: jax.Array, size: jax.Array) -> TokenSet:
+  """The set of the first tokens of each row.
+
+  Args:
+    index: i32[..., k].
+    size: i32[...], how many to take, at most k.
+  """
+  valid = jnp.arange(index.shape[-1]) < size[..., None]
+  return TokenSet(index=jnp.where(valid, index, 0), valid=valid)
+
+
 def gather(x: jax.Array, tokens: TokenSet) -> jax.Array:
   """Takes the tokens of each set.
 

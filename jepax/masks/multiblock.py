@@ -160,15 +160,15 @@ def _place(u: jax.Array, height: jax.Array, width: jax.Array, area: blocks.Size)
 
 def _draw(spec: MultiBlock, key: jax.Array) -> Masks:
   """Default masks of one sample."""
-  target_key, context_key, order_key = jax.random.split(key, 3)
-  targets = _free_blocks(spec, target_key, (spec.targets,), spec.target_scale, spec.target_aspect)
-  context = _free_blocks(spec, context_key, (), spec.context_scale, (1.0, 1.0))
+  u = jax.random.uniform(key, (4 * spec.targets + 4 + spec.count,))  # one call compiles fastest
+  block_u, noise = u[: -spec.count].reshape(-1, 4), u[-spec.count :]
+  targets = _free_blocks(spec, block_u[1:], spec.target_scale, spec.target_aspect)
+  context = _free_blocks(spec, block_u[0], spec.context_scale, (1.0, 1.0))
   taken = targets.cover(spec.grid).any(0)  # [n]
   inside = context.cover(spec.grid) & ~taken
 
   # One sort by noise does it all: the block's free patches first, the free ones outside after
   # them to fill up to min_keep, targets last. The constructor made sure that enough are free.
-  noise = jax.random.uniform(order_key, (spec.count,))
   score = jnp.where(taken, -1.0, noise + inside)
   index = jax.lax.top_k(score, spec.context_size)[1]
   found = inside.sum(dtype=jnp.int32)
@@ -179,9 +179,10 @@ def _draw(spec: MultiBlock, key: jax.Array) -> Masks:
   )
 
 
-def _free_blocks(spec: MultiBlock, key, shape, scale, aspect) -> _Blocks:
-  """Blocks whose scale, aspect, top and left are independent uniforms."""
-  u = jax.random.uniform(key, (*shape, 4))
+def _free_blocks(
+  spec: MultiBlock, u: jax.Array, scale: blocks.Range, aspect: blocks.Range
+) -> _Blocks:
+  """Blocks whose scale, aspect, top and left come from independent uniforms u f32[..., 4]."""
   patches = spec.count * (scale[0] + u[..., 0] * (scale[1] - scale[0]))
   ratio = aspect[0] + u[..., 1] * (aspect[1] - aspect[0])
   height, width = (

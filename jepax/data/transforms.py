@@ -1,0 +1,97 @@
+"""Host transforms: one decoded image of any size to u8[size size c], resized with antialiasing.
+
+Both give the pixels torchvision gives on PIL images. Images are decoded at full size: decoding
+JPEGs at a half or a quarter (Pillow's `draft`) and shrinking in two steps (`reducing_gap`) are
+quicker, but change pixels, and released models were trained without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+INTERPOLATIONS = {
+  "bilinear": Image.Resampling.BILINEAR,
+  "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+class Transform(Protocol):
+  """u8[h w c] to u8[size size c]; all randomness comes from rng."""
+
+  def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop:
+  """A crop of random area and aspect, resized to a square.
+
+  size: pixels of the square's side.
+  scale: range of the crop's area, fraction of the image.
+  ratio: range of width / height, log-uniform.
+  interpolation: 'bilinear' or 'bicubic'.
+  Source: torchvision.transforms.RandomResizedCrop (10 tries, then the largest centre crop).
+  """
+
+  size: int
+  scale: tuple[float, float] = (0.08, 1.0)
+  ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  interpolation: str = "bilinear"
+
+  def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    top, left, height, width = self.box(*image.shape[:2], rng)
+    # Cut before resizing: with resize(box=...) pixels outside the crop bleed into its border.
+    crop = image[top : top + height, left : left + width]
+    return _resize(crop, self.size, (0, 0, width, height), self.interpolation)
+
+  def box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draws a crop (top, left, height, width) of an image of this height and width, pixels."""
+    for _ in range(10):
+      area = height * width * rng.uniform(*self.scale)
+      aspect = math.exp(rng.uniform(*np.log(self.ratio)))
+      w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+      if 0 < w <= width and 0 < h <= height:
+        return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@dataclasses.dataclass(frozen=True)
+class CenterCrop:
+  """Resizes the shorter side to round(size * resize) pixels and cuts the middle square.
+
+  size: pixels of the square's side.
+  resize: at least 1; 256/224 is the common choice of evaluation, 1 the largest square.
+  interpolation: 'bilinear' or 'bicubic'.
+  Source: torchvision.transforms.Resize and CenterCrop.
+  """
+
+  size: int
+  resize: float = 1.0
+  interpolation: str = "bilinear"
+
+  def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    del rng
+    height, width = image.shape[:2]
+    short = round(self.size * self.resize)
+    new_width = max(short, short * width // height)
+    new_height = max(short, short * height // width)
+    # The square in pixels of the source: the same numbers as resizing all and then cutting.
+    x, y = width / new_width, height / new_height
+    left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
+    box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
+    return _resize(image, self.size, box, self.interpolation)
+
+
+def _resize(
+  image: np.ndarray, size: int, box: tuple[float, float, float, float], interpolation: str
+) -> np.ndarray:
+  grey = image.shape[-1] == 1
+  pixels = Image.fromarray(np.ascontiguousarray(image[..., 0] if grey else image))
+  out = pixels.resize((size, size), INTERPOLATIONS[interpolation], box=box)
+  return np.asarray(out).reshape(size, size, image.shape[-1])

@@ -52,9 +52,10 @@ class Probe:
     }
 
   def __call__(self, branches: Mapping[str, Encode]) -> dict[str, dict[str, float]]:
-    """Scores and collapse numbers of each encoder: {'target': {'knn': ..., 'rankme': ...}}."""
+    """Of each encoder: scores, collapse numbers and 'dim', the features' width."""
     out = {}
     for branch, encode in branches.items():
       bank, queries = self.features(encode)
-      out[branch] = {**self.scores(bank, queries), **collapse.numbers(queries)}
+      numbers = collapse.numbers(queries)
+      out[branch] = {**self.scores(bank, queries), **numbers, "dim": queries.shape[1]}
     return out

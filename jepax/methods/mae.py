@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from jepax import losses
@@ -18,7 +17,7 @@ from jepax.config import Run, construct
 from jepax.core import Batch, Carry, Features, LossOut, Params, sample_keys
 from jepax.data.augment import Augment
 from jepax.masks.random import Random
-from jepax.masks.tokens import TokenSet, gather
+from jepax.masks.tokens import Masks, TokenSet, gather
 from jepax.models.decoder import PixelDecoder
 from jepax.models.vit import patchify, vit
 
@@ -60,17 +59,16 @@ class MAE:
     """Encoder and decoder parameters; nothing is carried."""
     encoder_key, decoder_key = jax.random.split(key)
     images = self.views.clean(batch["image"])
-    visible, hidden = self.draw_masks(key, batch)
+    visible, hidden = _sets(self.draw_masks(key, batch))
     encoder = self.encoder.init(encoder_key, images, visible)["params"]
     x = self.encoder.apply({"params": encoder}, images, visible)
     decoder = self.decoder.init(decoder_key, x, visible, hidden, grid=self.grid)["params"]
     return {"encoder": encoder, "decoder": decoder}, {}
 
-  def draw_masks(self, key: jax.Array, batch: Batch) -> tuple[TokenSet, TokenSet]:
-    """Visible [b k] and hidden [b t] patches of every sample, from the step's key."""
+  def draw_masks(self, key: jax.Array, batch: Batch) -> Masks:
+    """Context (visible) and the one target set (hidden) of every sample, from the step's key."""
     sample_key, step_key = jax.random.split(key)
-    masks = self.masks(sample_keys(sample_key, batch, count=batch["image"].shape[0]), step_key)
-    return masks.context, jax.tree.map(lambda x: x[:, 0], masks.targets)
+    return self.masks(sample_keys(sample_key, batch, count=batch["image"].shape[0]), step_key)
 
   def loss(
     self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
@@ -79,7 +77,8 @@ class MAE:
     view_key, mask_key = jax.random.split(key)
     keys = sample_keys(view_key, batch, count=batch["image"].shape[0])
     images = self.views(keys, batch["image"])
-    visible, hidden = self.draw_masks(mask_key, batch)
+    masks = self.draw_masks(mask_key, batch)
+    visible, hidden = _sets(masks)
 
     x = self.encoder.apply({"params": params["encoder"]}, images, visible)  # [b 1+k d]
     prediction = self.decoder.apply(
@@ -88,11 +87,7 @@ class MAE:
     target = gather(patchify(images, patch=self.encoder.patch), hidden)
     target = patch_targets(target, normalize=self.normalize_patches)
     loss = losses.token_mean(losses.squared(prediction, target), hidden.valid)
-    metrics = {
-      "mask/context_tokens": jnp.mean(visible.size.astype(jnp.float32)),
-      "mask/target_tokens": jnp.mean(hidden.size.astype(jnp.float32)),
-    }
-    return loss, LossOut(carry, metrics)
+    return loss, LossOut(carry, masks.metrics())
 
   def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:
     """Nothing persists beside the parameters."""
@@ -103,6 +98,11 @@ class MAE:
     del branch  # the only one
     x = self.encoder.apply({"params": params["encoder"]}, self.views.clean(batch["image"]))
     return Features(x[:, 1:], x[:, 1:].mean(1))
+
+
+def _sets(masks: Masks) -> tuple[TokenSet, TokenSet]:
+  """Visible [b k] and hidden [b t] patches."""
+  return masks.context, jax.tree.map(lambda x: x[:, 0], masks.targets)
 
 
 def build(

@@ -1,0 +1,245 @@
+"""The loop: restore, step, log, probe, save, report.
+
+`run(config, workdir)` is the one-call form; `python -m jepax.main` is a thin face on it. What one
+step does stands in `core.py`; how a config becomes the pieces used here, in `experiment.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from jepax import sharding, summary
+from jepax.checkpoint import Checkpoints, Preemption, code_version, guard
+from jepax.config import nearest
+from jepax.core import TrainState
+from jepax.data.build import Data
+from jepax.data.loader import Loader
+from jepax.evals.online import Probe
+from jepax.experiment import Experiment, prepare
+from jepax.metrics import SHOWN, Progress, Shown, StepTimer, Writer
+
+# What may change between the run in a workdir and the one that continues it.
+FREE_KEYS = (
+  *("log", "checkpoint", "eval", "mesh", "stop", "max_skipped"),
+  *("data.threads", "data.prefetch", "data.memory_limit"),
+)
+
+
+class Diverged(RuntimeError):
+  """Too many updates in a row were not finite."""
+
+
+@dataclasses.dataclass
+class Memory:
+  """What a run remembers beside its state; saved with every checkpoint as JSON.
+
+  position: the next global batch. seconds: of training so far, probes and saves left out.
+  control: collapse numbers of the encoder at random initialisation, what alarms compare with.
+  best, best_step, waited: of early stopping: the best value, its step, and probes since.
+  """
+
+  position: int = 0
+  seconds: float = 0.0
+  control: dict[str, float] | None = None
+  best: float | None = None
+  best_step: int | None = None
+  waited: int = 0
+
+
+def run(
+  config: ConfigDict, workdir: str | Path, *, data: Data | None = None, command: str | None = None
+) -> dict[str, Any]:
+  """Trains what a config describes, from the last checkpoint in `workdir` if there is one.
+
+  Args:
+    config: from `jepax.config.load`, or `jepax.config.base()` filled in by hand.
+    workdir: where checkpoints, metrics.jsonl, results.json and report.html go.
+    data: images of the caller's own, see `jepax.data.build.Data.from_arrays`; by default those
+      that config.data names.
+    command: how this run was started, for the report.
+
+  Returns:
+    What results.json holds; `status` is 'finished', 'stopped' (early) or 'preempted'.
+
+  Raises:
+    ValueError: a setting that can't work, or a workdir that holds something else.
+    Diverged: config.max_skipped updates in a row were not finite.
+  """
+  workdir = Path(workdir).expanduser().absolute()
+  experiment = prepare(config, data=data)
+  probe = summary.make_probe(experiment, final=False)
+  guard(workdir, config.to_dict(), ignore=FREE_KEYS)
+  with contextlib.ExitStack() as stack:
+    every = experiment.every["checkpoint"] or experiment.steps
+    saved = Checkpoints(workdir / "checkpoints", every=every, keep=config.checkpoint.keep)
+    stack.enter_context(saved)
+    best = None
+    if config.stop.metric:
+      best = stack.enter_context(Checkpoints(workdir / "best", every=1, keep=1))
+    state, memory = restore(experiment, saved)
+    state, status = Trainer(experiment, probe, saved, best, memory, workdir).train(state)
+    if status == "preempted":
+      return {"status": status, "step": memory.position}
+    if best is not None and memory.best_step not in (None, memory.position):
+      state, _ = best.restore(experiment.abstract_state, step=memory.best_step)
+      logging.info("the best step, %d, is the one evaluated", memory.best_step)
+  command = command or f"jepax.fit.run(config, {str(workdir)!r})"
+  return summary.finish(
+    experiment, state, workdir, status=status, seconds=memory.seconds, command=command
+  )
+
+
+def restore(experiment: Experiment, saved: Checkpoints) -> tuple[TrainState, Memory]:
+  """The newest saved state and its memory, or a fresh state."""
+  if saved.latest() is None:
+    return experiment.initial_state(), Memory()
+  state, meta = saved.restore(experiment.abstract_state)
+  memory = Memory(**meta["memory"])
+  logging.info("resumed at step %d", memory.position)
+  return state, memory
+
+
+@dataclasses.dataclass
+class Trainer:
+  """One pass over the steps that are left, with what happens between them."""
+
+  experiment: Experiment
+  probe: Probe
+  saved: Checkpoints
+  best: Checkpoints | None
+  memory: Memory
+  workdir: Path
+
+  def train(self, state: TrainState) -> tuple[TrainState, str]:
+    """Runs to the end, to an early stop or to a signal; returns the state and which of them."""
+    run, start = self.experiment, self.memory.position
+    first = run.method.branches[0]
+    shown = (SHOWN[0], Shown(f"knn/{first}", "k-NN {:.1%}"), *SHOWN[2:])
+    log, total = run.config.log, run.steps
+    with contextlib.ExitStack() as stack:
+      loader = stack.enter_context(run.loader(start=start))
+      self.writer = stack.enter_context(
+        Writer(
+          self.workdir,
+          config=run.config.to_dict(),
+          start_step=start,
+          tensorboard=log.tensorboard,
+          wandb=log.wandb or None,
+        )
+      )
+      self.progress = stack.enter_context(Progress(total, start_step=start, shown=shown))
+      preemption = stack.enter_context(Preemption())
+      if start == 0:
+        self.memory.control = self.run_probe(state, 0, {"random_init": first})["random_init"]
+      self.timer = StepTimer(run.config.batch_size, start_step=start)
+      self.timed = start  # the step that the current timing interval began at
+      for step in range(start + 1, total + 1):
+        with self.timer.waiting():
+          batch = next(loader)
+        # Only images reach the step: no loss can read a label.
+        batch = sharding.global_batch({"image": batch["image"]}, run.batch_sharding)
+        state, metrics = run.train_step(state, batch)
+        self.memory.position = step
+        if step == start + 1:
+          jax.block_until_ready(metrics)
+          self.timer.reset(step)  # most of its time was compilation
+          self.timed = step
+        status = self.between(step, state, metrics, loader)
+        if preemption.reached(step) and status == "running":
+          status = "preempted"
+        self.save(step, state, force=status != "running")
+        if status != "running":
+          return state, status
+    return state, "finished"
+
+  def between(self, step: int, state: TrainState, metrics: dict, loader: Loader) -> str:
+    """Logs and probes where they are due; returns 'running', 'stopped' or 'finished'."""
+    every, total = self.experiment.every, self.experiment.steps
+    if step % every["log"] == 0 or step == total:
+      self.log(step, state, metrics, loader)
+    stop = False
+    if every["eval"] and step % every["eval"] == 0 and step < total:
+      with self.timer.paused():
+        branches = {branch: branch for branch in self.experiment.method.branches}
+        found = self.run_probe(state, step, branches)
+        stop = self.stop_early(step, state, scalars(metrics) | summary.flatten_probe(found))
+    return "finished" if step == total else "stopped" if stop else "running"
+
+  def log(self, step: int, state: TrainState, metrics: dict, loader: Loader) -> None:
+    """Writes one row; waits for the device, and raises Diverged where updates keep failing."""
+    row = scalars(metrics)
+    if step > self.timed:
+      times = self.timer.summary(step)
+      self.memory.seconds += times["time/step_seconds"] * (step - self.timed)
+      self.timed = step
+      row |= times
+    schedules = self.experiment.schedules
+    row |= {name: float(schedule(step - 1)) for name, schedule in schedules.items()}
+    row["input/bad_examples"] = loader.bad_examples
+    self.writer.write(step, row)
+    self.progress.update(step, row)
+    skipped, limit = int(row["train/skipped_in_a_row"]), self.experiment.config.max_skipped
+    if skipped >= limit:
+      self.save(step, state, force=True)
+      self.saved.wait()
+      raise Diverged(
+        f"the last {skipped} updates were not finite (max_skipped={limit}); none of them changed "
+        f"the parameters, which are saved at step {step}. Lower optim.lr, set optim.clip, lengthen "
+        "optim.warmup, or use precision='float32'."
+      )
+
+  def run_probe(self, state: TrainState, step: int, branches: dict[str, str]) -> dict[str, dict]:
+    """Probes the encoders {shown name: branch}, writes the numbers, sounds the alarms."""
+    encoders = self.experiment.encoders(state)
+    found = self.probe({name: encoders[branch] for name, branch in branches.items()})
+    for text in summary.alarms(found, control=self.memory.control):
+      logging.warning("%s", text)
+      self.progress.message(f"ALARM at step {step}: {text}")
+    row = summary.flatten_probe(found)
+    self.writer.write(step, row)
+    self.progress.update(step, row)
+    return found
+
+  def stop_early(self, step: int, state: TrainState, numbers: dict[str, float]) -> bool:
+    """Whether the watched metric has not improved for `patience` probes; keeps the best state."""
+    rule, memory = self.experiment.config.stop, self.memory
+    if not rule.metric:
+      return False
+    if rule.metric not in numbers:
+      raise ValueError(
+        f"stop.metric={rule.metric!r} is not measured{nearest(rule.metric, numbers)}; measured: "
+        f"{sorted(numbers)}"
+      )
+    sign = {"max": 1, "min": -1}[rule.mode]
+    value = numbers[rule.metric]
+    if memory.best is None or sign * (value - memory.best) > rule.min_delta:
+      memory.best, memory.best_step, memory.waited = value, step, 0
+      self.best.save(step, state, meta=self.meta(), force=True)
+      return False
+    memory.waited += 1
+    return memory.waited >= rule.patience
+
+  def save(self, step: int, state: TrainState, *, force: bool) -> None:
+    """Saves where it is due, or when forced."""
+    with self.timer.paused():
+      self.saved.save(step, state, meta=self.meta(), force=force)
+
+  def meta(self) -> dict[str, Any]:
+    """What a checkpoint holds beside the state."""
+    return {
+      "memory": dataclasses.asdict(self.memory),
+      "config": self.experiment.config.to_dict(),
+      "code": code_version(),
+    }
+
+
+def scalars(metrics: dict[str, jax.Array]) -> dict[str, float]:
+  """Fetches a step's metrics from the device."""
+  return {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -1,0 +1,193 @@
+"""What a run ends with: probes beside their controls, results.json and report.html."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jepax import report
+from jepax.core import TrainState
+from jepax.data.loader import take
+from jepax.evals import collapse, pictures
+from jepax.evals.features import extract_tokens, pixels
+from jepax.evals.online import Probe
+from jepax.experiment import Experiment
+from jepax.masks.tokens import to_bool
+from jepax.metrics import environment, read_history
+
+SCORES = ("knn", "linear")
+MAP_POINTS = 2000  # dots in the embedding map
+SHOWN_IMAGES = 8
+NEIGHBOURS = 8
+
+
+def make_probe(experiment: Experiment, *, final: bool) -> Probe:
+  """The probe of a run: a bank of training images and held-out queries, the same every time.
+
+  Args:
+    experiment: the run.
+    final: whether for results.json, with config.eval.final_bank and final_queries images, or
+      for the probes during training. Without held-out data the bank is its own query set and
+      only the collapse numbers are measured.
+  """
+  data, c = experiment.data, experiment.config.eval
+  bank_size, query_size = (c.final_bank, c.final_queries) if final else (c.bank, c.queries)
+  bank = take(data.train, data.eval_transform, count=bank_size, seed=0)
+  queries = bank if data.test is None else take(data.test, data.eval_transform, count=query_size, seed=0)
+  labelled = data.test is not None and "label" in bank and "label" in queries
+  return Probe(bank, queries, data.num_classes if labelled else None, c.batch_size)
+
+
+def flatten_probe(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+  """{'target': {'knn': ..}} -> {'knn/target': .., 'collapse/target_rankme': ..}."""
+  row = {}
+  for branch, numbers in found.items():
+    for name, value in numbers.items():
+      if name in SCORES:
+        row[f"{name}/{branch}"] = value
+      elif name != "dim":
+        row[f"collapse/{branch}_{name}"] = value
+  return row
+
+
+def alarms(
+  found: Mapping[str, Mapping[str, float]], *, control: Mapping[str, float] | None
+) -> list[str]:
+  """What collapsed, one text an encoder; `control` are the numbers at random initialisation."""
+  texts = [
+    collapse.alarm(branch, numbers, dim=numbers["dim"], control=control)
+    for branch, numbers in found.items()
+    if branch != "random_init"
+  ]
+  return [text for text in texts if text]
+
+
+def finish(
+  experiment: Experiment,
+  state: TrainState,
+  workdir: Path,
+  *,
+  status: str,
+  seconds: float,
+  command: str,
+) -> dict[str, Any]:
+  """The final probes; writes results.json and report.html.
+
+  Args:
+    experiment: the run.
+    state: what is evaluated.
+    workdir: where metrics.jsonl lies and the files go.
+    status: 'finished' or 'stopped'.
+    seconds: of training.
+    command: what reproduces the run.
+
+  Returns:
+    The content of results.json: accuracies are fractions of 1, by probe and then by encoder
+    ('target', 'online', 'random_init', 'pixels').
+  """
+  probe = make_probe(experiment, final=True)
+  encoders = experiment.encoders(state)
+  first = experiment.method.branches[0]
+  fresh = experiment.encoders(experiment.initial_state())[first]
+  features = {name: probe.features(encode) for name, encode in encoders.items()}
+  features["random_init"] = probe.features(fresh)
+  found = {
+    name: {**probe.scores(*both), **collapse.numbers(both[1]), "dim": both[1].shape[1]}
+    for name, both in features.items()
+  }
+  found["pixels"] = probe.scores(pixels(probe.bank["image"]), pixels(probe.queries["image"]))
+  results = _results(experiment, workdir, found, status, seconds)
+  _write_json(workdir / "results.json", results)
+  page = report.Report(
+    title=f"{experiment.config.method.name} on {_data_name(experiment)}",
+    command=command,
+    config_text=json.dumps(experiment.config.to_dict(), indent=2),
+    environment=environment(),
+    results=results,
+    history=read_history(workdir),
+    alarms=results["alarms"],
+    pictures=_pictures(experiment, state, probe, features[first], encoders[first]),
+  )
+  report.write(workdir / "report.html", page)
+  return results
+
+
+def _results(experiment, workdir, found, status, seconds) -> dict[str, Any]:
+  history = read_history(workdir)
+  last = {name: value for row in history for name, value in row.items()}
+  measured = {name: numbers for name, numbers in found.items() if name != "pixels"}
+  return {
+    **{s: {name: n[s] for name, n in found.items() if s in n} for s in SCORES},
+    "collapse": {
+      name: {k: v for k, v in numbers.items() if k not in SCORES}
+      for name, numbers in measured.items()
+    },
+    "alarms": alarms(measured, control=measured["random_init"]),
+    "train": {
+      "status": status,
+      "steps": int(last["step"]),
+      "seconds": seconds,
+      "loss": last["train/loss"],
+      "images_per_second": int(last["step"]) * experiment.config.batch_size / max(seconds, 1e-9),
+      "bad_examples": int(last["input/bad_examples"]),
+      "skipped": int(last["train/skipped"]),
+    },
+  }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+  if jax.process_index() == 0:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _data_name(experiment: Experiment) -> str:
+  data = experiment.config.data
+  return {"tfds": data.name, "folder": data.path}.get(data.source) or data.source
+
+
+def _pictures(experiment, state, probe: Probe, features, encode) -> report.Pictures:
+  """Masks on real images, neighbours, the map, and patch colours, of the held-out images."""
+  bank, queries = features
+  images = probe.queries["image"][:SHOWN_IMAGES]
+  near = pictures.nearest(queries[:SHOWN_IMAGES], bank, k=NEIGHBOURS)
+  tokens = extract_tokens(encode, images, batch_size=probe.batch_size)
+  side = int(np.sqrt(tokens.shape[1]))
+  labels = match = None
+  if probe.num_classes is not None:
+    labels = probe.queries["label"][:MAP_POINTS]
+    match = probe.bank["label"][near] == labels[:SHOWN_IMAGES, None]
+  return report.Pictures(
+    **_mask_pictures(experiment, state, images),
+    neighbour_queries=images,
+    neighbours=probe.bank["image"][near],
+    neighbour_labels=match,
+    embedding=pictures.embed2d(queries[:MAP_POINTS]),
+    labels=labels,
+    class_names=experiment.data.class_names,
+    pca_images=images,
+    pca=pictures.patch_pca(tokens, (side, side)),
+  )
+
+
+def _mask_pictures(experiment: Experiment, state: TrainState, images: np.ndarray) -> dict[str, Any]:
+  """A draw of the masks, for methods that hide tokens."""
+  draw = getattr(experiment.method, "draw_masks", None)
+  if draw is None:
+    return {}
+  grid = experiment.method.grid
+  masks = draw(jax.random.wrap_key_data(np.asarray(state.key)), {"image": images})
+  context, targets = (to_bool(t, count=grid[0] * grid[1]) for t in (masks.context, masks.targets))
+  return {
+    "images": images,
+    "context": np.asarray(context),
+    "targets": np.asarray(targets),
+    "grid": grid,
+  }

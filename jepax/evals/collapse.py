@@ -30,7 +30,7 @@ class Thresholds:
 
   cosine: float = 0.9999
   feature_std: float = 0.01
-  aligned: float = 0.99
+  aligned: float = 0.95
   rankme_centred: float = 1.5
   control_share: float = 0.5
 

@@ -94,7 +94,7 @@ def test_from_arrays():
   grey = Data.from_arrays(images, channels=1, size=7, mean=(0.5,), std=(0.25,))
   assert grey.train.images.shape == (50, 9, 9, 1) and grey.train_transform == CenterCrop(7)
   assert (grey.mean, grey.std, grey.test, grey.num_classes) == ((0.5,), (0.25,), None, None)
-  with pytest.raises(ValueError, match="data.mean"):
+  with pytest.raises(ValueError, match=r"data\.mean"):
     Data.from_arrays(images, mean=(0.5,))
 
 

@@ -169,10 +169,10 @@ def test_folder_links_are_followed_and_circles_end(tmp_path):
 
 
 def test_folder_errors(tmp_path):
-  with pytest.raises(ValueError, match="no folder .*nowhere"):
+  with pytest.raises(ValueError, match=r"no folder .*nowhere"):
     scan_folder(tmp_path / "nowhere", channels=3)
   (tmp_path / "notes.txt").write_text("no image")
-  with pytest.raises(ValueError, match="no image below .*png"):
+  with pytest.raises(ValueError, match=r"no image below .*png"):
     scan_folder(tmp_path, channels=3)
   save(tmp_path / "bird" / "a.png", 0)
   with pytest.raises(ValueError, match=r"lacks: \['bird'\]"):
@@ -196,7 +196,7 @@ def tfds_dir(tmp_path_factory):
           "image": tfds.features.Image(shape=shape),
           "label": tfds.features.ClassLabel(names=["low", "high"]),
         }
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
       def _split_generators(self, dl_manager):
         return {"train": self._generate_examples(8), "test": self._generate_examples(3)}
@@ -204,7 +204,8 @@ def tfds_dir(tmp_path_factory):
       def _generate_examples(self, count):
         for i in range(count):
           side = 6 if shape[0] else 6 + i
-          yield i, {"image": np.full((side, 6, 3), i * 10, np.uint8), "label": int(i >= 4)}
+          image = Image.new("RGB", (6, side), (i * 10,) * 3)
+          yield i, {"image": image, "label": int(i >= 4)}
 
     return Tiny(data_dir=str(folder), file_format="array_record")
 

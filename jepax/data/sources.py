@@ -235,7 +235,7 @@ def open_tfds(
   import tensorflow_datasets as tfds  # a second of import that only this source pays
 
   builder = _prepared_builder(name, data_dir)
-  features = builder.info.features
+  features = dict(builder.info.features.items())
   image = features.get("image")
   if image is None or image.np_dtype != np.uint8 or len(image.shape) != 3:
     raise ValueError(f"TFDS set {name!r} has no feature 'image' of u8[h w c]; found {features}")
@@ -264,7 +264,8 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
   try:
     builder = tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
-    near = difflib.get_close_matches(name.split("/")[0], tfds.list_builders(), n=3)
+    known = tfds.list_builders(with_community_datasets=False)  # the others need the network
+    near = difflib.get_close_matches(name.split("/")[0], known, n=3)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     raise ValueError(f"no TFDS set {name!r}, by that name or in {data_dir!r}{hint}") from None
   if not builder.is_prepared():

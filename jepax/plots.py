@@ -207,6 +207,11 @@ def image_uri(image: np.ndarray) -> str:
   return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def sharpness(uri: str) -> str:
+  """The class attribute that keeps the pixels of a small picture square; '' for a photograph."""
+  return ' class="pixel"' if uri.startswith("data:image/png") else ""
+
+
 def _png(picture: Image.Image) -> str:
   buffer = io.BytesIO()
   picture.save(buffer, format="PNG", optimize=True)
@@ -241,10 +246,10 @@ def target_overlay(uri: str, targets: np.ndarray) -> str:
 
 def _overlay(uri: str, grid: tuple[int, ...], body: str, label: str) -> str:
   rows, columns = grid
-  size = f'width="{columns}" height="{rows}"'
+  size = f'{sharpness(uri)} width="{columns}" height="{rows}"'
   return (
     f'<svg class="patches" role="img" aria-label="{label}" viewBox="0 0 {columns} {rows}">'
-    f'<image href="{uri}" {size} preserveAspectRatio="none"/>{body}</svg>'
+    f'<image{size} href="{uri}" preserveAspectRatio="none"/>{body}</svg>'
   )
 
 

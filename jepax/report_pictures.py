@@ -147,8 +147,7 @@ def _palette(classes: int) -> Sequence[str]:
 
 def _image(image: np.ndarray, *, uri: str | None = None) -> str:
   uri = plots.image_uri(image) if uri is None else uri
-  kind = ' class="pixel"' if uri.startswith("data:image/png") else ""
-  return f'<img{kind} src="{uri}" alt="">'
+  return f'<img{plots.sharpness(uri)} src="{uri}" alt="">'
 
 
 def _same_length(**arrays: np.ndarray) -> None:

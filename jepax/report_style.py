@@ -91,7 +91,7 @@ td small { color: var(--muted); }
   transform: translateX(-50%); }
 .track.scale { height: 20px; } .track.scale::before { display: none; }
 img, .patches { display: block; width: 100%; height: auto; border-radius: 3px; }
-.pixel, .patches image { image-rendering: pixelated; }
+.pixel { image-rendering: pixelated; }
 .patches { background: var(--card); overflow: hidden; }
 .veil { fill: var(--hidden); shape-rendering: crispEdges; }
 .veil.half { opacity: .8; }

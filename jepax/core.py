@@ -151,7 +151,7 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     batch = {**batch, "sample": jnp.arange(_batch_size(batch), dtype=jnp.int32)}
     loss, grads, out = _gradients(value_and_grad, state, batch, key, accumulate)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     carry = method.update(params, out.carry, state.step)
@@ -165,8 +165,8 @@ def make_train_step(
       **out.metrics,
       "train/loss": loss,
       "train/grad_norm": grad_norm,
-      "train/param_norm": optax.global_norm(params),
-      "train/update_norm": optax.global_norm(updates),
+      "train/param_norm": optax.tree.norm(params),
+      "train/update_norm": optax.tree.norm(updates),
       "train/skipped_in_a_row": skipped[0],
       "train/skipped": skipped[1],
     }

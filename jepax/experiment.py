@@ -79,12 +79,15 @@ class Experiment:
     return {branch: bind(encode) for branch, encode in self.encode.items()}
 
 
-def prepare(config: ConfigDict, *, data: Data | None = None) -> Experiment:
+def prepare(
+  config: ConfigDict, *, data: Data | None = None, mesh: Mesh | None = None
+) -> Experiment:
   """Builds a run and checks all that can be checked without compiling.
 
   Args:
     config: from `jepax.config.load`, or `base()` filled in by hand.
     data: images of the caller's own; by default those that config.data names.
+    mesh: devices of the caller's own choice; by default all, as config.mesh arranges them.
 
   Raises:
     ValueError: any setting that can't work, with what was found, what is allowed and a remedy.
@@ -92,7 +95,7 @@ def prepare(config: ConfigDict, *, data: Data | None = None) -> Experiment:
   config_lib.check_keys(config)
   config_lib.positive(config, "batch_size", "accumulate", "eval.batch_size", "max_skipped")
   config_lib.one_of(config.precision, config_lib.PRECISIONS, where="precision")
-  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  mesh = mesh or sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
   _check_batch(config, mesh)
   data = build_data(config.data) if data is None else data
   lengths = _durations(config, len(data.train))

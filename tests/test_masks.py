@@ -187,9 +187,9 @@ def test_masks_depend_on_the_sample_not_on_its_place(sampler):
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"grid": (7, 7)}, r"4 targets of up to 12 .* cover 48 of the 49 .* min_keep at most 1, or ta"),
-    ({"grid": (4, 4), "min_keep": 1}, r"cover 16 of the 16 .*targets at most 3"),
-    ({"grid": (14, 14), "target_scale": (0.2, 0.5)}, r"432 of the 196 .*at most 46 patches"),
+    ({"grid": (4, 4), "min_keep": 14}, r"4 of the 16 patches.*min_keep at most 12"),
+    ({"grid": (7, 7), "target_scale": (0.2, 0.8)}, r"42 of the 49 .*min_keep at most 7 or a smaller"),
+    ({"grid": (2, 2), "target_scale": (0.9, 1.0), "min_keep": 1}, r"4 of the 4 .*smaller target_sca"),
     ({"grid": (8, 8), "compat": "ijepa"}, r"have 9 patches.*min_keep=10; choose min_keep at mos"),
     ({"grid": (8, 8), "compat": "ijepa", "min_keep": 8}, r"up to 43 .* 49 .*min_keep at most 5"),
     ({"grid": (4, 4), "compat": "ijepa", "min_keep": 1}, r"have 1 patches.*larger target_scale"),
@@ -214,9 +214,7 @@ def test_impossible_settings_name_the_numbers(settings, message):
 
 
 def test_what_the_errors_advise_works():
-  MultiBlock(grid=(7, 7), min_keep=1)
-  MultiBlock(grid=(7, 7), targets=3)
-  MultiBlock(grid=(4, 4), min_keep=1, targets=3)
+  MultiBlock(grid=(7, 7), target_scale=(0.2, 0.8), min_keep=7)
   MultiBlock(grid=(8, 8), compat="ijepa", min_keep=5)
   MultiBlock(grid=(12, 12), compat="ijepa", min_keep=9)
 
@@ -225,10 +223,11 @@ def test_what_the_errors_advise_works():
   "sampler",
   [
     MultiBlock(grid=(4, 4), min_keep=4, targets=3),
+    MultiBlock(grid=(4, 4), min_keep=6, target_scale=(0.25, 0.5)),  # four could cover all of it
     MultiBlock(grid=(1, 6), min_keep=2, targets=2),
     MultiBlock(grid=(8, 8), min_keep=5, compat="ijepa"),
   ],
-  ids=["4x4", "1x6", "8x8-ijepa"],
+  ids=["4x4", "crowded", "1x6", "8x8-ijepa"],
 )
 def test_small_grids(sampler):
   drawn = draw(sampler, 512)

@@ -34,8 +34,9 @@ class MultiBlock:
     target_scale: range of a target's share of the grid's patches.
     target_aspect: range of a target's height / width, in patches.
     context_scale: range of the context block's share; its aspect is 1.
-    min_keep: default mode: the fewest context tokens a sample gets, filled up from outside the
-      context block where needed. Compat: targets and contexts always have more tokens than this.
+    min_keep: default mode: the fewest context tokens a sample gets; where the context block has
+      fewer left, patches outside it fill up, and a target that would leave fewer free anywhere is
+      swapped for the sample's first. Compat: targets and contexts have more tokens than this.
     context_keep: k, the most context tokens kept; None keeps all that can occur. The surplus is
       dropped at random by default, from the bottom of the image in compat.
     compat: None, or 'ijepa' for the released code's distribution (square grids).
@@ -163,12 +164,12 @@ def _draw(spec: MultiBlock, key: jax.Array) -> Masks:
   u = jax.random.uniform(key, (4 * spec.targets + 4 + spec.count,))  # one call compiles fastest
   block_u, noise = u[: -spec.count].reshape(-1, 4), u[-spec.count :]
   targets = _free_blocks(spec, block_u[1:], spec.target_scale, spec.target_aspect)
+  targets, taken = _leave_room(spec, targets)
   context = _free_blocks(spec, block_u[0], spec.context_scale, (1.0, 1.0))
-  taken = targets.cover(spec.grid).any(0)  # [n]
   inside = context.cover(spec.grid) & ~taken
 
   # One sort by noise does it all: the block's free patches first, the free ones outside after
-  # them to fill up to min_keep, targets last. The constructor made sure that enough are free.
+  # them to fill up to min_keep, targets last.
   score = jnp.where(taken, -1.0, noise + inside)
   index = jax.lax.top_k(score, spec.context_size)[1]
   found = inside.sum(dtype=jnp.int32)
@@ -177,6 +178,21 @@ def _draw(spec: MultiBlock, key: jax.Array) -> Masks:
     targets=targets.tokens(spec.grid, spec.target_size),
     clipped=found > spec.context_size,
   )
+
+
+def _leave_room(spec: MultiBlock, targets: _Blocks) -> tuple[_Blocks, jax.Array]:
+  """Swaps each target that would leave fewer than min_keep patches free for the first target.
+
+  That happens only where targets can cover nearly the whole of a small grid, and rarely there.
+  Returns the targets, and which patches they take: bool[n].
+  """
+  cover = targets.cover(spec.grid)  # [m n]
+  taken, fits = cover[0], [jnp.array(True)]
+  for i in range(1, spec.targets):
+    joined = taken | cover[i]
+    fits.append(spec.count - joined.sum() >= spec.min_keep)
+    taken = jnp.where(fits[i], joined, taken)
+  return _Blocks(*(jnp.where(jnp.stack(fits), side, side[0]) for side in targets)), taken
 
 
 def _free_blocks(
@@ -265,21 +281,15 @@ def _check_ranges(spec: MultiBlock) -> None:
 
 
 def _check_room(spec: MultiBlock) -> None:
-  """Default mode: min_keep patches are always left, however the targets fall."""
-  covered = spec.targets * spec.target_size
-  if spec.count - covered >= spec.min_keep:
+  """Default mode: one target leaves min_keep patches; `_leave_room` sees to the others."""
+  room = spec.count - spec.target_size
+  if room >= spec.min_keep:
     return
-  fixes = []
-  if spec.count > covered:
-    fixes.append(f"min_keep at most {spec.count - covered}")
-  if fewer := max(0, spec.count - spec.min_keep) // spec.target_size:
-    fixes.append(f"targets at most {fewer}")
-  if smaller := max(0, spec.count - spec.min_keep) // spec.targets:
-    fixes.append(f"a smaller target_scale (blocks of at most {smaller} patches)")
+  fixes = [f"min_keep at most {room}"] if room > 0 else []
+  fixes += ["a smaller target_scale", "a larger grid"]
   raise ValueError(
-    f"{spec.targets} targets of up to {spec.target_size} patches can cover {covered} of the "
-    f"{spec.count} patches of the grid {spec.grid}, which leaves fewer than "
-    f"min_keep={spec.min_keep} for the context; choose {', or '.join(fixes) or 'a larger grid'}"
+    f"a target can have {spec.target_size} of the {spec.count} patches of the grid {spec.grid}, "
+    f"which leaves fewer than min_keep={spec.min_keep} for the context; choose {' or '.join(fixes)}"
   )
 
 

@@ -1,0 +1,211 @@
+"""The suite that every method passes; a new method needs a row in tiny.METHODS and no test."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from jepax import config as config_lib
+from jepax import sharding
+from jepax.core import init_state, make_train_step
+from jepax.masks.tokens import Masks, TokenSet
+
+METHODS = sorted(tiny.METHODS)
+
+
+def train(experiment, steps: int) -> tuple[Any, list[float]]:
+  """Runs the jitted step from the initial state; returns the last state and the losses."""
+  state, losses = experiment.initial_state(), []
+  for batch in tiny.batches(steps):
+    placed = sharding.global_batch(batch, experiment.batch_sharding)
+    state, metrics = experiment.train_step(state, placed)
+    losses.append(float(metrics["train/loss"]))
+  return state, losses
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def name(request) -> str:
+  return request.param
+
+
+@pytest.fixture(scope="module")
+def one_device(name):
+  """(experiment, state after 10 steps, losses) on one device."""
+  experiment = tiny.experiment(name)
+  return experiment, *train(experiment, 10)
+
+
+@pytest.fixture(scope="module")
+def start(name):
+  """(method, params, carry, batch) at step 0."""
+  method = tiny.experiment(name).method
+  batch = {k: jnp.asarray(v) for k, v in tiny.batches(1)[0].items()}
+  return method, *jax.jit(method.init)(jax.random.key(0), batch), batch
+
+
+def loss_of(method, params, carry, batch, *, seed: int = 1):
+  return jax.jit(method.loss)(params, carry, batch, jax.random.key(seed), jnp.zeros((), jnp.int32))
+
+
+def test_every_method_is_in_the_suite():
+  assert config_lib.methods() == METHODS
+
+
+def test_loss_falls_on_one_batch(name):
+  experiment = tiny.experiment(name)
+  state, losses = experiment.initial_state(), []
+  for _ in range(30):
+    batch = sharding.global_batch(tiny.batches(1)[0], experiment.batch_sharding)
+    state, metrics = experiment.train_step(state, batch)
+    losses.append(float(metrics["train/loss"]))
+  # Masks and views differ from step to step, hence means of several.
+  assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("fsdp", [1, 8], ids=["data parallel", "fully sharded"])
+def test_eight_devices_equal_one(name, one_device, fsdp):
+  _, reference, losses = one_device
+  experiment = tiny.experiment(name, fsdp=fsdp, devices=8)
+  state, sharded = train(experiment, 10)
+  if fsdp > 1:
+    leaves = jax.tree.leaves(state.params)
+    assert any(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in leaves)
+  # Float32 sums in another order, through ten steps of Adam, whose early updates are sign-like.
+  np.testing.assert_allclose(sharded, losses, rtol=2e-5)
+  del reference
+
+
+def test_one_trace(name):
+  experiment = tiny.experiment(name)
+  method, count = experiment.method, 0
+
+  class Counting:
+    couples_batch = method.couples_batch
+    init, update, encode = method.init, method.update, method.encode
+
+    def loss(self, *arguments):
+      nonlocal count
+      count += 1
+      return method.loss(*arguments)
+
+  step = jax.jit(make_train_step(Counting(), optax.sgd(1e-3)))
+  batch = tiny.batches(1)[0]
+  state = jax.jit(lambda key: init_state(method, optax.sgd(1e-3), key, batch))(jax.random.key(0))
+  for _ in range(3):
+    state, _ = step(state, batch)
+  assert count == 1
+
+
+def test_no_gradient_into_the_carry(name, start):
+  """The target encoder and all else that is carried get exactly none."""
+  method, params, carry, batch = start
+  grads = jax.jit(jax.grad(lambda c: method.loss(params, c, batch, jax.random.key(1), 0)[0]))(carry)
+  for leaf in jax.tree.leaves(grads):
+    assert not np.any(leaf)
+  online = jax.jit(jax.grad(lambda p: method.loss(p, carry, batch, jax.random.key(1), 0)[0]))(params)
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(online["encoder"]["transformer"]))
+
+
+def padded(sampler):
+  """The same masks in more slots, the added ones invalid and pointing at arbitrary tokens."""
+
+  def pad(tokens: TokenSet, by: int) -> TokenSet:
+    width = [(0, 0)] * (tokens.index.ndim - 1) + [(0, by)]
+    index = jnp.pad(tokens.index, width, constant_values=7)
+    return TokenSet(index, jnp.pad(tokens.valid, width))
+
+  def draw(keys, step_key) -> Masks:
+    masks = sampler(keys, step_key)
+    return masks.replace(context=pad(masks.context, 3), targets=pad(masks.targets, 5))
+
+  return draw
+
+
+def test_padding_never_changes_the_loss(name, start):
+  method, params, carry, batch = start
+  if not hasattr(method, "masks"):
+    assert name == "vicreg"  # no token sets, nothing to pad
+    return
+  wider = dataclasses.replace(method, masks=padded(method.masks))
+  for seed in (1, 2):
+    loss, _ = loss_of(method, params, carry, batch, seed=seed)
+    same, _ = loss_of(wider, params, carry, batch, seed=seed)
+    np.testing.assert_allclose(same, loss, rtol=1e-6)  # float32 sums over other lengths
+
+
+def test_accumulation_is_exact_or_refused(name):
+  experiment = tiny.experiment(name)
+  method, tx = experiment.method, optax.sgd(0.1)
+  if method.couples_batch:
+    with pytest.raises(ValueError, match="accumulate=1"):
+      make_train_step(method, tx, accumulate=2)
+    return
+  batch = tiny.batches(1)[0]
+  state = jax.jit(lambda key: init_state(method, tx, key, batch))(jax.random.key(0))
+  whole, metrics = jax.jit(make_train_step(method, tx))(state, batch)
+  split, split_metrics = jax.jit(make_train_step(method, tx, accumulate=4))(state, batch)
+  np.testing.assert_allclose(split_metrics["train/loss"], metrics["train/loss"], rtol=1e-5)
+  # Gradients are means of the same 16 samples, summed in another order.
+  chex.assert_trees_all_close(split.params, whole.params, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_are_never_read(name, start):
+  method, params, carry, batch = start
+  loss, _ = loss_of(method, params, carry, batch)
+  labelled = {**batch, "label": jnp.full((tiny.BATCH,), jnp.nan)}
+  assert loss_of(method, params, carry, labelled)[0] == loss
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counters(name):
+  method, tx = tiny.experiment(name).method, optax.adam(1e-3)
+
+  class Poisoned:
+    couples_batch = method.couples_batch
+    init, update, encode = method.init, method.update, method.encode
+
+    def loss(self, params, carry, batch, key, step):
+      loss, out = method.loss(params, carry, batch, key, step)
+      return loss * jnp.where(step == 1, jnp.nan, 1.0), out
+
+  batch = tiny.batches(1)[0]
+  step = jax.jit(make_train_step(Poisoned(), tx))
+  state = jax.jit(lambda key: init_state(method, tx, key, batch))(jax.random.key(0))
+  first, _ = step(state, batch)
+  second, metrics = step(first, batch)
+  for part in ("params", "carry", "opt_state"):
+    chex.assert_trees_all_equal(getattr(second, part), getattr(first, part))
+  assert second.skipped.tolist() == [1, 1] and int(second.step) == 2
+  assert metrics["train/skipped_in_a_row"] == 1
+  third, _ = step(second, batch)
+  assert third.skipped.tolist() == [0, 1]
+  moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), third.params, second.params)
+  assert any(jax.tree.leaves(moved))
+
+
+def test_encode_is_deterministic_and_shaped(name, one_device):
+  experiment, state, _ = one_device
+  x = tiny.batches(1)[0]["image"]
+  for encode in experiment.encoders(state).values():
+    features = encode(x)
+    chex.assert_shape(features.tokens, (tiny.BATCH, 16, 32))
+    chex.assert_shape(features.pooled, (tiny.BATCH, 32))
+    np.testing.assert_array_equal(encode(x).pooled, features.pooled)
+    # A sample's features don't depend on its neighbours in the batch.
+    turned = encode(x[::-1].copy()).pooled[::-1]
+    np.testing.assert_allclose(turned, features.pooled, rtol=1e-5, atol=1e-6)
+
+
+def test_metrics_are_float32_scalars(name, start):
+  method, params, carry, batch = start
+  _, out = loss_of(method, params, carry, batch)
+  for key, value in out.metrics.items():
+    assert "/" in key
+    chex.assert_shape(value, ())

@@ -7,13 +7,15 @@ key there is. The section `method` is open: its keys are the arguments of the me
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,7 @@ class Run:
 
 
 def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
-  """Reads a config file and applies overrides.
+  """Reads a config file, which may import the files beside it, and applies overrides.
 
   Args:
     spec: 'path/to/file.py' or 'path/to/file.py:arg', the arg handed to get_config.
@@ -120,7 +122,8 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     raise ValueError(f"config file {name} does not exist{near}")
   module_spec = importlib.util.spec_from_file_location(f"jepax_config_{path.stem}", path)
   module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
+  with _importing_from(path.parent.resolve()):
+    module_spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise ValueError(f"config file {name} defines no get_config(arg='')")
   config = module.get_config(arg)
@@ -128,6 +131,23 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
   for override in overrides:
     _override(config, override)
   return config.lock()
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+  """Puts a folder first on the import path; modules found in it are forgotten afterwards.
+
+  Otherwise two folders with helpers of one name could not be read by one process.
+  """
+  before = set(sys.modules)
+  sys.path.insert(0, str(folder))
+  try:
+    yield
+  finally:
+    sys.path.remove(str(folder))
+    for name in set(sys.modules) - before:
+      if Path(getattr(sys.modules[name], "__file__", None) or "").parent == folder:
+        del sys.modules[name]
 
 
 def parse_arg(arg: str, **defaults: bool | int | float | str) -> ConfigDict:

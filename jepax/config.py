@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -22,21 +21,22 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jepax.data import build as data_build
+from jepax.names import nearest, one_of
+
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 UNITS = ("steps", "epochs", "examples", "%")
 
 
 def base() -> ConfigDict:
   """Every key of a config with its default. Durations read '100 steps', '3 epochs', '5%'."""
-  from jepax.data.build import defaults as data_defaults
-
   config = ConfigDict()
   config.seed = 0
   config.total = "100 epochs"  # length of training
   config.batch_size = 128  # examples an optimizer step, over all devices and micro-batches
   config.accumulate = 1  # micro-batches a step
   config.precision = "float32"  # of matrix products: float32 or bfloat16; all else is float32
-  config.data = data_defaults()
+  config.data = data_build.defaults()
   config.method = ConfigDict()
   config.optim = ConfigDict(
     dict(
@@ -117,9 +117,9 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
   """
   name, _, arg = spec.partition(":")
   path = Path(name)
-  if not path.is_file():
+  if path.suffix != ".py" or not path.is_file():
     near = nearest(path.name, [p.name for p in path.parent.glob("*.py")])
-    raise ValueError(f"config file {name} does not exist{near}")
+    raise ValueError(f"{name!r} is no config file: there is no such Python file{near}")
   module_spec = importlib.util.spec_from_file_location(f"jepax_config_{path.stem}", path)
   module = importlib.util.module_from_spec(module_spec)
   with _importing_from(path.parent.resolve()):
@@ -163,12 +163,17 @@ def parse_arg(arg: str, **defaults: bool | int | float | str) -> ConfigDict:
       raise ValueError(
         f"config argument {key!r} is unknown{nearest(key, defaults)}; allowed: {list(defaults)}"
       )
-    values[key] = _coerce(text, defaults[key], where=f":{key}") if given else True
+    if not given and not isinstance(defaults[key], bool):
+      raise ValueError(f"config argument {key!r} has no value; write {key}={defaults[key]}")
+    values[key] = _read(text if given else "true", like=defaults[key], where=f":{key}")
   return ConfigDict(values)
 
 
 def check_keys(config: ConfigDict) -> None:
-  """Raises ValueError where a config has a key that `base()` lacks, or lacks one it has."""
+  """Raises ValueError where a config has a key that `base()` lacks, or lacks one it has.
+
+  Inside the section `method` anything goes: only the method's build knows.
+  """
   expected = base()
 
   def walk(section, known, prefix):
@@ -186,6 +191,7 @@ def check_keys(config: ConfigDict) -> None:
 
 
 def _override(config: ConfigDict, override: str) -> None:
+  """Applies one 'dotted.key=value' in place."""
   dotted, given, text = override.partition("=")
   if not given:
     raise ValueError(f"override --config.{dotted} has no value; write --config.{dotted}=VALUE")
@@ -202,8 +208,9 @@ def _override(config: ConfigDict, override: str) -> None:
     _raise_unknown(config, dotted, at=dotted)
   if isinstance(section[leaf], ConfigDict):
     raise ValueError(f"--config.{dotted} is a section; its keys: {list(section[leaf])}")
-  with config.ignore_type():
-    section[leaf] = _coerce(text, section[leaf], where=f"--config.{dotted}")
+  section[leaf] = _read(
+    text, like=section[leaf], kind=section.get_type(leaf), where=f"--config.{dotted}"
+  )
 
 
 def _raise_unknown(config: ConfigDict, dotted: str, *, at: str) -> None:
@@ -221,18 +228,31 @@ def _literal(text: str) -> Any:
     return text
 
 
-def _coerce(text: str, old: Any, *, where: str) -> Any:
-  """The value of `text` in the type of the value it replaces."""
-  new = _literal(text)
-  if isinstance(old, str):
+def _read(text: str, *, like: Any, where: str, kind: type | None = None) -> Any:
+  """`text` as a value of the type of the one it replaces, or ValueError.
+
+  Args:
+    text: a Python literal; for strings, the string itself.
+    like: the value replaced. A None gives way to anything.
+    where: the key, for the error.
+    kind: the type declared for the key, where `like` is None.
+  """
+  kind = type(like) if like is not None else kind
+  value = _literal(text)
+  if like is None and (value is None or kind in (None, type(None))):
+    return value
+  if kind is str:
     return text
-  if isinstance(old, float) and isinstance(new, int) and not isinstance(new, bool):
-    return float(new)
-  if isinstance(old, tuple) and isinstance(new, list):
-    return tuple(new)
-  if old is not None and type(new) is not type(old):
-    raise ValueError(f"{where}: found {text!r}, expected a {type(old).__name__} such as {old!r}")
-  return new
+  if kind is float and type(value) is int:
+    return float(value)
+  if kind is int and type(value) is float and value.is_integer():
+    return int(value)
+  if kind in (tuple, list) and isinstance(value, (tuple, list)):
+    return kind(value)
+  if type(value) is not kind:
+    example = "" if like is None else f" such as {like!r}"
+    raise ValueError(f"{where}: found {text!r}, expected {kind.__name__}{example}")
+  return value
 
 
 # --- values ---------------------------------------------------------------------------------
@@ -244,7 +264,7 @@ def duration(
   """A length of training in optimizer steps.
 
   Args:
-    value: '100 steps', '3 epochs', '1e6 examples', '10%' (of total), or an int of steps.
+    value: '100 steps', '3 epochs', '1e6 examples', '10%' (of total), or a bare number of steps.
     where: the key, for the error.
     steps_per_epoch: floor(training images / batch size).
     batch_size: images a step.
@@ -256,11 +276,10 @@ def duration(
   Raises:
     ValueError: an unknown unit, a negative value, '%' where there is no total.
   """
-  text = f"{value} steps" if isinstance(value, int) else value.strip().replace("%", " %")
-  number, _, unit = text.partition(" ")
-  unit = {"step": "steps", "epoch": "epochs", "example": "examples", "": "steps"}.get(
-    unit.strip(), unit.strip()
-  )
+  number, _, unit = str(value).strip().replace("%", " %").partition(" ")
+  unit = unit.strip() or "steps"
+  if unit + "s" in UNITS:  # '1 epoch'
+    unit += "s"
   scale = {"steps": 1.0, "epochs": steps_per_epoch, "examples": 1 / batch_size}
   if total is not None:
     scale["%"] = total / 100
@@ -280,24 +299,6 @@ def positive(config: ConfigDict, *names: str) -> None:
   for name in names:
     if not values[name] > 0:
       raise ValueError(f"{name}={values[name]!r} must be positive")
-
-
-def one_of(value: str, allowed: Iterable[str], *, where: str) -> str:
-  """Returns `value`, or raises ValueError with the nearest of the allowed names."""
-  allowed = list(allowed)
-  if value not in allowed:
-    raise ValueError(f"{where}={value!r} is unknown{nearest(value, allowed)}; allowed: {allowed}")
-  return value
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-  """'; did you mean NAME?', or '' when nothing is near."""
-  names = list(names)
-  close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-  if not close:  # the right name in the wrong section
-    leaf = {n.rsplit(".", 1)[-1]: n for n in names}
-    close = [leaf[c] for c in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, n=1)]
-  return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -327,7 +328,9 @@ def construct(function: Callable, arguments: Mapping[str, Any], *, where: str, *
     ValueError: a key the constructor doesn't take (with the nearest one it does), one it needs
       and was not given, one that the run decides, or whatever the constructor itself refuses.
   """
-  arguments = {k: v for k, v in dict(arguments).items()}
+  if not isinstance(arguments, (Mapping, ConfigDict)):
+    raise ValueError(f"{where}={arguments!r} must be a section, such as {where}=dict(...)")
+  arguments = dict(arguments)
   parameters = _parameters(function)
   allowed = [name for name in parameters if name not in fixed]
   for key in arguments:
@@ -341,18 +344,22 @@ def construct(function: Callable, arguments: Mapping[str, Any], *, where: str, *
   try:
     return function(**arguments, **fixed)
   except (ValueError, TypeError) as error:
-    raise ValueError(f"{where}: {error}") from error
+    nested = str(error).startswith(where)  # from a constructor inside this one
+    raise ValueError(str(error) if nested else f"{where}: {error}") from error
 
 
 def _parameters(function: Callable) -> dict[str, bool]:
-  """Name -> required, of what a constructor takes; the models' factories take a module's fields."""
-  signature = inspect.signature(function).parameters.values()
-  named = {
-    p.name: p.default is p.empty for p in signature if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-  }
-  if any(p.kind == p.VAR_KEYWORD for p in signature):
+  """Name -> required, of what a constructor takes.
+
+  One with **fields, as `models.vit.vit`, also takes all that the class it returns takes.
+  """
+  parameters = inspect.signature(function).parameters.values()
+  variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  named = {p.name: p.default is p.empty for p in parameters if p.kind not in variadic}
+  if any(p.kind is p.VAR_KEYWORD for p in parameters):
     returned = inspect.get_annotations(function, eval_str=True)["return"]
-    named = {name: False for name in _parameters(returned)} | named
+    named = dict.fromkeys(_parameters(returned), False) | named
+  # Every linen module has the fields parent and name, which are flax's own.
   return {name: needed for name, needed in named.items() if name not in ("parent", "name")}
 
 
@@ -367,13 +374,14 @@ def methods() -> list[str]:
 def build_method(section: Mapping[str, Any], run: Run) -> Any:
   """The method that a config's section `method` describes, found by its name.
 
+  Args:
+    section: `name`, and the arguments of that method's `build`.
+    run: what the rest of the config decides.
+
   Raises:
     ValueError: no name, an unknown name, or anything `construct` refuses.
   """
   arguments = dict(section)
   name = one_of(str(arguments.pop("name", "")), methods(), where="method.name")
   module = importlib.import_module(f"jepax.methods.{name}")
-  try:
-    return construct(module.build, arguments, where="method", run=run)
-  except ValueError as error:
-    raise ValueError(str(error).replace("method: method.", "method.", 1)) from error
+  return construct(module.build, arguments, where="method", run=run)

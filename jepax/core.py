@@ -22,7 +22,7 @@ from flax import struct
 
 Params = Any
 Carry = Any
-Batch = dict[str, jax.Array]  # image u8[b h w c], label i32[b], ...; see DESIGN of data
+Batch = dict[str, jax.Array]  # image u8[b h w c], video u8[b t h w c], label i32[b], ...
 Metrics = dict[str, jax.Array]  # 'group/name' -> f32[]
 
 

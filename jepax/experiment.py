@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -27,7 +28,8 @@ class Experiment:
   two of them, 0 for never. schedules: name -> step -> value, for the log.
   init: key -> TrainState. train_step: (state, batch) -> (state, metrics), donates the state.
   encode: branch -> (params, carry, images u8[b h w c]) -> Features.
-  batch_sharding, state_sharding: where batches and states lie on the mesh.
+  batch_sharding: where batches lie. abstract_state: shapes, dtypes and places of the state.
+  metrics: names of what train_step measures.
   """
 
   config: ConfigDict
@@ -41,8 +43,8 @@ class Experiment:
   train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
   encode: dict[str, Callable[..., Features]]
   batch_sharding: Any
-  state_sharding: Any
   abstract_state: Any
+  metrics: tuple[str, ...]
 
   def loader(self, *, start: int) -> Loader:
     """This process's rows of the training batches, from global batch `start` on."""
@@ -117,12 +119,14 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
   """Wraps the pure functions in jit with their placements; traces `init` to learn the shapes."""
   image = jax.ShapeDtypeStruct((config.batch_size, data.size, data.size, data.channels), np.uint8)
   tx = optimizer.tx
-  zeros = lambda: {"image": jax.numpy.zeros(image.shape, image.dtype)}
-  init = lambda key: init_state(method, tx, key, zeros())
+
+  def init(key):
+    return init_state(method, tx, key, {"image": jnp.zeros(image.shape, image.dtype)})
+
   step = make_train_step(method, tx, accumulate=config.accumulate)
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(init, jax.random.key(0))
-    jax.eval_shape(step, abstract, {"image": image})
+    _, metrics = jax.eval_shape(step, abstract, {"image": image})
   placement = sharding.state_shardings(mesh, abstract)
   replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
 
@@ -152,7 +156,7 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
     ),
     encode={branch: encoder(branch) for branch in method.branches},
     batch_sharding=rows,
-    state_sharding=placement,
+    metrics=tuple(metrics),
     abstract_state=jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, placement
     ),

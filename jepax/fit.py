@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 
 from jepax import sharding, summary
 from jepax.checkpoint import Checkpoints, Preemption, code_version, guard
-from jepax.config import nearest
+from jepax.config import one_of
 from jepax.core import TrainState
 from jepax.data.build import Data
 from jepax.data.loader import Loader
-from jepax.evals.online import Probe
+from jepax.evals.online import Probe, flatten
 from jepax.experiment import Experiment, prepare
 from jepax.metrics import SHOWN, Progress, Shown, StepTimer, Writer
 
@@ -66,7 +66,8 @@ def run(
     command: how this run was started, for the report.
 
   Returns:
-    What results.json holds; `status` is 'finished', 'stopped' (early) or 'preempted'.
+    What results.json holds; its train.status is 'finished' or 'stopped' (early). After a signal
+    nothing is evaluated or written: {'train': {'status': 'preempted', 'steps': ...}}.
 
   Raises:
     ValueError: a setting that can't work, or a workdir that holds something else.
@@ -75,6 +76,7 @@ def run(
   workdir = Path(workdir).expanduser().absolute()
   experiment = prepare(config, data=data)
   probe = summary.make_probe(experiment, final=False)
+  check_stop(experiment, probe)
   guard(workdir, config.to_dict(), ignore=FREE_KEYS)
   with contextlib.ExitStack() as stack:
     every = experiment.every["checkpoint"] or experiment.steps
@@ -86,7 +88,7 @@ def run(
     state, memory = restore(experiment, saved)
     state, status = Trainer(experiment, probe, saved, best, memory, workdir).train(state)
     if status == "preempted":
-      return {"status": status, "step": memory.position}
+      return {"train": {"status": status, "steps": memory.position}}
     if best is not None and memory.best_step not in (None, memory.position):
       state, _ = best.restore(experiment.abstract_state, step=memory.best_step)
       logging.info("the best step, %d, is the one evaluated", memory.best_step)
@@ -94,6 +96,18 @@ def run(
   return summary.finish(
     experiment, state, workdir, status=status, seconds=memory.seconds, command=command
   )
+
+
+def check_stop(experiment: Experiment, probe: Probe) -> None:
+  """Raises ValueError where config.stop can't work."""
+  rule = experiment.config.stop
+  if not rule.metric:
+    return
+  one_of(rule.mode, ("max", "min"), where="stop.mode")
+  measured = [*experiment.metrics, *probe.metrics(experiment.method.branches)]
+  one_of(rule.metric, measured, where="stop.metric")
+  if not experiment.every["eval"]:
+    raise ValueError("stop.metric is watched at the probes: set eval.every, for example '10%'")
 
 
 def restore(experiment: Experiment, saved: Checkpoints) -> tuple[TrainState, Memory]:
@@ -169,7 +183,7 @@ class Trainer:
       with self.timer.paused():
         branches = {branch: branch for branch in self.experiment.method.branches}
         found = self.run_probe(state, step, branches)
-        stop = self.stop_early(step, state, scalars(metrics) | summary.flatten_probe(found))
+        stop = self.stop_early(step, state, scalars(metrics) | flatten(found))
     return "finished" if step == total else "stopped" if stop else "running"
 
   def log(self, step: int, state: TrainState, metrics: dict, loader: Loader) -> None:
@@ -202,7 +216,7 @@ class Trainer:
     for text in summary.alarms(found, control=self.memory.control):
       logging.warning("%s", text)
       self.progress.message(f"ALARM at step {step}: {text}")
-    row = summary.flatten_probe(found)
+    row = flatten(found)
     self.writer.write(step, row)
     self.progress.update(step, row)
     return found
@@ -212,11 +226,6 @@ class Trainer:
     rule, memory = self.experiment.config.stop, self.memory
     if not rule.metric:
       return False
-    if rule.metric not in numbers:
-      raise ValueError(
-        f"stop.metric={rule.metric!r} is not measured{nearest(rule.metric, numbers)}; measured: "
-        f"{sorted(numbers)}"
-      )
     sign = {"max": 1, "min": -1}[rule.mode]
     value = numbers[rule.metric]
     if memory.best is None or sign * (value - memory.best) > rule.min_delta:

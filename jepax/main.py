@@ -11,7 +11,10 @@ from absl import app, flags, logging
 from jepax import config as config_lib
 
 CONFIG = flags.DEFINE_string(
-  "config", None, "Config file, with an argument after a colon: configs/quickstart.py:smoke", required=True
+  "config",
+  None,
+  "Config file, with an argument after a colon: configs/quickstart.py:smoke",
+  required=True,
 )
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where the run lies; runs/NAME of the config by default. Resumes what is there."
@@ -44,8 +47,9 @@ def main(argv: list[str]) -> None:
   except (ValueError, fit.Diverged) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-  if results["status"] == "preempted":
-    print(f"stopped by a signal and saved at step {results['step']}; to go on:\n  {command}")
+  if results["train"]["status"] == "preempted":
+    step = results["train"]["steps"]
+    print(f"stopped by a signal and saved at step {step}; to go on:\n  {command}")
     return
   print_results(results, workdir)
 
@@ -60,7 +64,7 @@ def print_results(results: dict, workdir: Path) -> None:
   """The table of accuracies, the alarms, and where the report lies."""
   print()
   for probe in ("knn", "linear"):
-    for name, accuracy in results[probe].items():
+    for name, accuracy in results.get(probe, {}).items():
       print(f"{probe:8}{name:14}{accuracy:7.1%}")
   for alarm in results["alarms"]:
     print(f"ALARM: {alarm}")

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
-MIN_SHARDED_SIZE = 2**12  # smaller leaves cost more to gather than to hold
+MIN_SHARDED_SIZE = 2**10  # smaller leaves cost more to gather than to hold
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:
@@ -53,6 +53,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def is_stacked(path: jax.tree_util.KeyPath) -> bool:
+  """Whether a leaf belongs to a scanned stack of blocks, so that its first axis is the layer."""
+  return any(getattr(key, "key", None) == "blocks" for key in path)
+
+
 def state_shardings(mesh: Mesh, state: Any) -> Any:
   """Where each leaf of a state lies; target and optimizer moments lie as their parameters.
 
@@ -67,8 +72,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
   size = mesh.shape["fsdp"]
 
   def place(path, leaf) -> NamedSharding:
-    stacked = any(getattr(key, "key", None) == "blocks" for key in path)
-    axes = [i for i, n in enumerate(leaf.shape) if i >= stacked and n % size == 0]
+    axes = [i for i, n in enumerate(leaf.shape) if i >= is_stacked(path) and n % size == 0]
     if size == 1 or not axes or math.prod(leaf.shape) < MIN_SHARDED_SIZE:
       return replicated(mesh)
     axis = max(axes, key=lambda i: leaf.shape[i])

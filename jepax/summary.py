@@ -16,12 +16,11 @@ from jepax.core import TrainState
 from jepax.data.loader import take
 from jepax.evals import collapse, pictures
 from jepax.evals.features import extract_tokens, pixels
-from jepax.evals.online import Probe
+from jepax.evals.online import SCORES, Probe
 from jepax.experiment import Experiment
 from jepax.masks.tokens import to_bool
 from jepax.metrics import environment, read_history
 
-SCORES = ("knn", "linear")
 MAP_POINTS = 2000  # dots in the embedding map
 SHOWN_IMAGES = 8
 NEIGHBOURS = 8
@@ -39,21 +38,11 @@ def make_probe(experiment: Experiment, *, final: bool) -> Probe:
   data, c = experiment.data, experiment.config.eval
   bank_size, query_size = (c.final_bank, c.final_queries) if final else (c.bank, c.queries)
   bank = take(data.train, data.eval_transform, count=bank_size, seed=0)
-  queries = bank if data.test is None else take(data.test, data.eval_transform, count=query_size, seed=0)
+  queries = (
+    bank if data.test is None else take(data.test, data.eval_transform, count=query_size, seed=0)
+  )
   labelled = data.test is not None and "label" in bank and "label" in queries
   return Probe(bank, queries, data.num_classes if labelled else None, c.batch_size)
-
-
-def flatten_probe(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-  """{'target': {'knn': ..}} -> {'knn/target': .., 'collapse/target_rankme': ..}."""
-  row = {}
-  for branch, numbers in found.items():
-    for name, value in numbers.items():
-      if name in SCORES:
-        row[f"{name}/{branch}"] = value
-      elif name != "dim":
-        row[f"collapse/{branch}_{name}"] = value
-  return row
 
 
 def alarms(

@@ -72,15 +72,15 @@ def test_loss_falls_on_one_batch(name):
 
 @pytest.mark.parametrize("fsdp", [1, 8], ids=["data parallel", "fully sharded"])
 def test_eight_devices_equal_one(name, one_device, fsdp):
-  _, reference, losses = one_device
+  _, _, losses = one_device
   experiment = tiny.experiment(name, fsdp=fsdp, devices=8)
   state, sharded = train(experiment, 10)
   if fsdp > 1:
     leaves = jax.tree.leaves(state.params)
     assert any(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in leaves)
-  # Float32 sums in another order, through ten steps of Adam, whose early updates are sign-like.
+  # Float32 sums in another order: 5e-6 at the first step, more through ten steps of Adam, whose
+  # early updates are sign-like.
   np.testing.assert_allclose(sharded, losses, rtol=2e-5)
-  del reference
 
 
 def test_one_trace(name):
@@ -110,7 +110,8 @@ def test_no_gradient_into_the_carry(name, start):
   grads = jax.jit(jax.grad(lambda c: method.loss(params, c, batch, jax.random.key(1), 0)[0]))(carry)
   for leaf in jax.tree.leaves(grads):
     assert not np.any(leaf)
-  online = jax.jit(jax.grad(lambda p: method.loss(p, carry, batch, jax.random.key(1), 0)[0]))(params)
+  grad = jax.grad(lambda p: method.loss(p, carry, batch, jax.random.key(1), 0)[0])
+  online = jax.jit(grad)(params)
   assert all(np.any(leaf) for leaf in jax.tree.leaves(online["encoder"]["transformer"]))
 
 

@@ -56,7 +56,7 @@ def config(method: str, **overrides):
   c.total = "10 steps"
   c.batch_size = BATCH
   c.method = dict(name=method, **METHODS[method])
-  c.optim.lr = 3e-3
+  c.optim.lr = 1e-3
   c.log.update(every="1 steps", tensorboard=False)
   c.checkpoint.every = "5 steps"
   c.eval.update(every="5 steps", bank=64, queries=64, final_bank=64, batch_size=64)

@@ -12,6 +12,9 @@ import numpy as np
 from jepax.evals import checks
 
 
+NUMBERS = ("feature_std", "rankme", "rankme_centred", "cosine")
+
+
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
   """Where the alarm goes off.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -11,6 +11,8 @@ import numpy as np
 from jepax.core import Features
 from jepax.evals import collapse, knn, linear
 from jepax.evals.features import extract
+
+SCORES = ("knn", "linear")
 
 Encode = Callable[[jax.Array], Features]
 
@@ -28,6 +30,11 @@ class Probe:
   queries: Mapping[str, np.ndarray]
   num_classes: int | None
   batch_size: int
+
+  def metrics(self, branches: Iterable[str]) -> list[str]:
+    """Names of what the probe measures, as `flatten` gives them."""
+    names = [*(SCORES if self.num_classes else ()), *collapse.NUMBERS]
+    return list(flatten({branch: dict.fromkeys(names, 0.0) for branch in branches}))
 
   def features(self, encode: Encode) -> tuple[np.ndarray, np.ndarray]:
     """Pooled features f32[n d] of the bank and of the queries."""
@@ -59,3 +66,15 @@ class Probe:
       numbers = collapse.numbers(queries)
       out[branch] = {**self.scores(bank, queries), **numbers, "dim": queries.shape[1]}
     return out
+
+
+def flatten(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+  """{'target': {'knn': ..}} -> {'knn/target': .., 'collapse/target_rankme': ..}."""
+  row = {}
+  for branch, numbers in found.items():
+    for name, value in numbers.items():
+      if name in SCORES:
+        row[f"{name}/{branch}"] = value
+      elif name in collapse.NUMBERS:
+        row[f"collapse/{branch}_{name}"] = value
+  return row

@@ -73,9 +73,7 @@ class VICReg:
     invariance = losses.squared(x, y).mean()
     variance = (losses.variance_hinge(x) + losses.variance_hinge(y)) / 2
     covariance = losses.covariance_penalty(x) + losses.covariance_penalty(y)
-    loss = (
-      self.invariance * invariance + self.variance * variance + self.covariance * covariance
-    )
+    loss = self.invariance * invariance + self.variance * variance + self.covariance * covariance
     metrics = {
       "loss/invariance": invariance,
       "loss/variance": variance,

@@ -1,0 +1,111 @@
+"""The loop in one process: what a run leaves, refuses, and does when training goes wrong."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jepax import fit
+from jepax.checkpoint import Checkpoints
+from jepax.experiment import prepare
+from jepax.metrics import read_history
+
+ENCODERS = {"target", "online", "random_init"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """(workdir, results) of an I-JEPA run of ten steps on eight devices, parameters split."""
+  workdir = tmp_path_factory.mktemp("run") / "work"
+  config = tiny.config("ijepa", mesh__fsdp=2, accumulate=2)
+  return workdir, fit.run(config, workdir, data=tiny.data())
+
+
+def test_results(finished):
+  workdir, results = finished
+  assert json.loads((workdir / "results.json").read_text()) == results
+  assert results["train"]["status"] == "finished" and results["train"]["steps"] == 10
+  for probe in ("knn", "linear"):
+    assert results[probe].keys() == ENCODERS | {"pixels"}
+    assert all(0 <= accuracy <= 1 for accuracy in results[probe].values())
+  assert results["knn"]["pixels"] > 0.9  # the bars are easy: the probe and its labels line up
+  assert results["collapse"].keys() == ENCODERS
+  assert results["alarms"] == []
+
+
+def test_history(finished):
+  rows = read_history(finished[0])
+  assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 11))
+  assert [row["step"] for row in rows if "knn/target" in row] == [5]
+  assert [row["step"] for row in rows if "knn/random_init" in row] == [0]
+  last = rows[-1]
+  for name in ("schedule/momentum", "schedule/learning_rate", "input/wait", "mask/context_tokens"):
+    assert np.isfinite(last[name])
+
+
+def test_report(finished):
+  page = (finished[0] / "report.html").read_text()
+  for text in ("random init", "raw pixels", "jepax.fit.run(config", "data:image/png;base64"):
+    assert text in page
+  assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_a_finished_run_evaluates_again_without_training(finished):
+  workdir, results = finished
+  before = read_history(workdir)
+  again = fit.run(tiny.config("ijepa", mesh__fsdp=2, accumulate=2), workdir, data=tiny.data())
+  assert read_history(workdir) == before
+  assert again["knn"] == results["knn"] and again["train"]["steps"] == 10
+
+
+def test_another_run_is_refused(finished):
+  config = tiny.config("ijepa", accumulate=2, optim__lr=0.5)
+  with pytest.raises(ValueError, match=r"(?s)optim.lr: saved 0.001, now 0.5.*another --workdir"):
+    fit.run(config, finished[0], data=tiny.data())
+
+
+def test_early_stop_evaluates_the_best_step(tmp_path):
+  config = tiny.config(
+    "mae", stop__metric="train/loss", stop__mode="max", stop__patience=2, eval__every="1 steps"
+  )
+  results = fit.run(config, tmp_path / "run", data=tiny.data())
+  losses = [row["train/loss"] for row in read_history(tmp_path / "run") if "train/loss" in row]
+  stopped, best = len(losses), int(np.argmax(losses)) + 1
+  assert results["train"]["status"] == "stopped" and stopped == best + 2 < 10
+  with Checkpoints(tmp_path / "run" / "best") as saved:
+    assert saved.latest() == best
+
+
+def test_divergence_stops_with_the_last_good_parameters(tmp_path):
+  config = tiny.config("mae", optim__lr=1e30, optim__warmup=0, max_skipped=3)
+  with pytest.raises(fit.Diverged, match=r"3 updates were not finite .*Lower optim\.lr"):
+    fit.run(config, tmp_path / "run", data=tiny.data())
+  experiment = prepare(config, data=tiny.data())
+  with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
+    state, _ = saved.restore(experiment.abstract_state)
+  assert state.skipped[0] == 3
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    ({"stop__metric": "knn/targt"}, "did you mean 'knn/target'"),
+    ({"stop__metric": "knn/target", "stop__mode": "maximum"}, "did you mean 'max'"),
+    ({"stop__metric": "knn/target", "eval__every": 0}, "eval.every"),
+    ({"batch_size": 20}, r"batch_size=20 does not divide over 8 device\(s\).*\[16, 24\]"),
+    ({"batch_size": 136}, "exceeds the 128 training images"),
+    ({"optim__warmup": "11 steps"}, "warmup is 11 steps but the run only 10"),
+    ({"total": "0 steps"}, "no step at all"),
+    ({"mesh__fsdp": 3}, "does not fit 8 device"),
+    ({"method__encoder__patch": 3}, "patches that do"),
+  ],
+)
+def test_impossible_settings_write_nothing(tmp_path, overrides, message):
+  with pytest.raises(ValueError, match=message):
+    fit.run(tiny.config("ijepa", **overrides), tmp_path / "run", data=tiny.data())
+  assert not (tmp_path / "run").exists()

@@ -11,24 +11,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jepax.masks.tokens import TokenSet
-from jepax.models.transformer import INITS, Transformer, layer_norm
+from jepax.models.transformer import Stack, dense, layer_norm, transformer
 from jepax.models.vit import sincos2d
 
 
-class PixelDecoder(nn.Module):
-  """width, depth, heads: sizes; mlp_width defaults to 4 * width. out: values a patch."""
+class PixelDecoder(Stack, kw_only=True):
+  """A narrow transformer over visible and mask tokens.
+
+  out: values a patch. The other fields are those of `Stack`.
+  """
 
   out: int
-  width: int
-  depth: int
-  heads: int
-  mlp_width: int | None = None
-  activation: str = "gelu"
   init_name: str = "xavier"
-  attention: str = "auto"
-  dtype: jnp.dtype = jnp.float32
-  scan: bool = False
-  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -50,26 +44,11 @@ class PixelDecoder(nn.Module):
     """
     chex.assert_rank([visible.index, hidden.index], 2)
     b, t = hidden.index.shape
-    dense = lambda width, name: nn.Dense(
-      width, dtype=self.dtype, kernel_init=INITS[self.init_name], name=name
-    )
     position = jnp.asarray(sincos2d(grid, self.width))
-    x = dense(self.width, "embed")(x).astype(jnp.float32)
+    x = dense(self, self.width, name="embed")(x).astype(jnp.float32)
     x = x.at[:, 1:].add(position[visible.index])
     token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
     x = jnp.concatenate([x, token + position[hidden.index]], axis=1)  # [b 1+k+t w]
-    blocks = Transformer(
-      self.depth,
-      self.heads,
-      self.mlp_width or 4 * self.width,
-      self.activation,
-      self.init_name,
-      self.attention,
-      self.dtype,
-      self.scan,
-      self.remat,
-      name="transformer",
-    )
     valid = jnp.concatenate([jnp.ones((b, 1), bool), visible.valid, hidden.valid], axis=1)
-    x = blocks(x, valid, keep=t)
-    return dense(self.out, "proj")(layer_norm("norm", self.dtype)(x)).astype(jnp.float32)
+    x = layer_norm("norm", self.dtype)(transformer(self)(x, valid, keep=t))
+    return dense(self, self.out, name="proj")(x).astype(jnp.float32)

@@ -12,26 +12,15 @@ from einops import rearrange, repeat
 from flax import linen as nn
 
 from jepax.masks.tokens import TokenSet
-from jepax.models.transformer import INITS, Transformer, layer_norm
+from jepax.models.transformer import INITS, Stack, dense, layer_norm, transformer
 from jepax.models.vit import sincos2d
 
 
-class Predictor(nn.Module):
+class Predictor(Stack):
   """Each target block is a sequence of its own: the context, then one query a target token.
 
-  width, depth, heads: sizes; mlp_width defaults to 4 * width. The rest as in `Transformer`.
+  Context and queries of a sequence all attend to one another. The fields are those of `Stack`.
   """
-
-  width: int
-  depth: int
-  heads: int
-  mlp_width: int | None = None
-  activation: str = "gelu"
-  init_name: str = "normal"
-  attention: str = "auto"
-  dtype: jnp.dtype = jnp.float32
-  scan: bool = False
-  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -52,27 +41,14 @@ class Predictor(nn.Module):
     chex.assert_rank(targets.index, 3)
     b, m, t = targets.index.shape
     d = x.shape[-1]
-    dense = lambda width, name: nn.Dense(
-      width, dtype=self.dtype, kernel_init=INITS[self.init_name], name=name
-    )
     position = jnp.asarray(sincos2d(grid, self.width))
-    x = dense(self.width, "embed")(x).astype(jnp.float32) + position[context.index]  # [b k w]
+    x = dense(self, self.width, name="embed")(x).astype(jnp.float32)
+    x = x + position[context.index]  # [b k w]
     query = self.param("mask_token", INITS["normal"], (1, 1, self.width))
     queries = query + position[targets.index]  # [b m t w]
     x = jnp.concatenate([repeat(x, "b k w -> b m k w", m=m), queries], axis=2)
     valid = jnp.concatenate([repeat(context.valid, "b k -> b m k", m=m), targets.valid], axis=2)
-    blocks = Transformer(
-      self.depth,
-      self.heads,
-      self.mlp_width or 4 * self.width,
-      self.activation,
-      self.init_name,
-      self.attention,
-      self.dtype,
-      self.scan,
-      self.remat,
-      name="transformer",
-    )
-    x = blocks(rearrange(x, "b m n w -> (b m) n w"), rearrange(valid, "b m n -> (b m) n"), keep=t)
-    x = dense(d, "proj")(layer_norm("norm", self.dtype)(x)).astype(jnp.float32)
+    x, valid = rearrange(x, "b m n w -> (b m) n w"), rearrange(valid, "b m n -> (b m) n")
+    x = layer_norm("norm", self.dtype)(transformer(self)(x, valid, keep=t))
+    x = dense(self, d, name="proj")(x).astype(jnp.float32)
     return rearrange(x, "(b m) t d -> b m t d", b=b, m=m)

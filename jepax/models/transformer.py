@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,7 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from jepax.models.attention import attention
+from jepax.models.attention import IMPLEMENTATIONS, attention
+from jepax.names import one_of
 from jepax.sharding import constrain
 
 INITS: dict[str, Callable[..., jax.Array]] = {
@@ -33,7 +36,12 @@ def layer_norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
   return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
-class Block(nn.Module):
+def dense(owner: nn.Module, width: int, *, name: str) -> nn.Dense:
+  """A linear layer to `width` units with its owner's compute dtype and initialisation."""
+  return nn.Dense(width, dtype=owner.dtype, kernel_init=INITS[owner.init_name], name=name)
+
+
+class Block(nn.Module, kw_only=True):
   """x + attention(norm(x)), then x + mlp(norm(x)); the residual stream keeps x's dtype.
 
   heads: attention heads; mlp_width: hidden units; keep: return only the last `keep` tokens
@@ -52,35 +60,37 @@ class Block(nn.Module):
   def __call__(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
     """x: [b n d], valid: bool[b n] or None -> [b n d], or [b keep d]."""
     d = x.shape[-1]
-    dense = lambda width, name: nn.Dense(
-      width, dtype=self.dtype, kernel_init=INITS[self.init_name], name=name
-    )
     x = constrain(x)
-    qkv = dense(3 * d, "qkv")(layer_norm("norm1", self.dtype)(x))
+    qkv = dense(self, 3 * d, name="qkv")(layer_norm("norm1", self.dtype)(x))
     q, k, v = rearrange(qkv, "b n (s h e) -> s b n h e", s=3, h=self.heads)
     if self.keep is not None:
       q, x = q[:, -self.keep :], x[:, -self.keep :]
     y = attention(q, k, v, valid=valid, implementation=self.attention)
-    x = x + dense(d, "proj")(rearrange(y, "b n h e -> b n (h e)")).astype(x.dtype)
-    y = dense(self.mlp_width, "fc1")(layer_norm("norm2", self.dtype)(x))
-    return x + dense(d, "fc2")(ACTIVATIONS[self.activation](y)).astype(x.dtype)
+    y = dense(self, d, name="proj")(rearrange(y, "b n h e -> b n (h e)"))
+    x = x + y.astype(x.dtype)
+    y = dense(self, self.mlp_width, name="fc1")(layer_norm("norm2", self.dtype)(x))
+    y = dense(self, d, name="fc2")(ACTIVATIONS[self.activation](y))
+    return x + y.astype(x.dtype)
 
 
-class Transformer(nn.Module):
-  """A stack of blocks.
+class Stack(nn.Module, kw_only=True):
+  """The fields of a `Transformer`, and so of every module that holds one.
 
-  depth, heads, mlp_width: sizes. activation, init_name, attention: names, see the tables above.
+  width, depth, heads: sizes; mlp_width: hidden units of the MLPs, None for 4 * width.
+  activation, init_name, attention, remat: names, see ACTIVATIONS, INITS, REMAT and
+  `models.attention`. dtype: of matrix products; parameters and the residual stream are float32.
   scan: one traced block over stacked parameters `blocks` [depth ...] (deep models compile fast)
   instead of `block0`, `block1`, ... (small models run faster). remat: what the backward pass
   recomputes, 'none', 'dots' (all but matrix products) or 'full'.
 
   Raises:
-    ValueError: a name that the tables don't hold.
+    ValueError: an unknown name, or a width that the heads don't divide.
   """
 
+  width: int
   depth: int
   heads: int
-  mlp_width: int
+  mlp_width: int | None = None
   activation: str = "gelu"
   init_name: str = "normal"
   attention: str = "auto"
@@ -89,29 +99,49 @@ class Transformer(nn.Module):
   remat: str = "none"
 
   def __post_init__(self):
-    tables = (("activation", ACTIVATIONS), ("init_name", INITS), ("remat", REMAT))
-    for field, table in tables:
-      if getattr(self, field) not in table:
-        raise ValueError(f"{field} {getattr(self, field)!r} is unknown; allowed: {sorted(table)}")
+    one_of(self.activation, ACTIVATIONS, where="activation")
+    one_of(self.init_name, INITS, where="init_name")
+    one_of(self.attention, IMPLEMENTATIONS, where="attention")
+    one_of(self.remat, REMAT, where="remat")
+    if self.heads < 1 or self.width % self.heads:
+      raise ValueError(f"width={self.width} does not divide into heads={self.heads}")
     super().__post_init__()
+
+
+class Transformer(Stack):
+  """A stack of blocks, without a final norm."""
 
   @nn.compact
   def __call__(
     self, x: jax.Array, valid: jax.Array | None = None, *, keep: int | None = None
   ) -> jax.Array:
-    """x: [b n d], valid: bool[b n] keys -> [b n d], or its last `keep` tokens [b keep d]."""
-    if x.shape[-1] % self.heads:
-      raise ValueError(f"width {x.shape[-1]} does not divide into {self.heads} heads")
+    """Runs the blocks.
+
+    Args:
+      x: [b n width].
+      valid: bool[b n], tokens to attend to; None for all.
+      keep: return only the last `keep` tokens, and spare the last block the others.
+
+    Returns:
+      [b n width], or [b keep width].
+    """
     block = Block
     if self.remat != "none":
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
-    sizes = (self.heads, self.mlp_width, self.activation, self.init_name, self.attention)
+    block = functools.partial(
+      block,
+      heads=self.heads,
+      mlp_width=self.mlp_width or 4 * self.width,
+      activation=self.activation,
+      init_name=self.init_name,
+      attention=self.attention,
+      dtype=self.dtype,
+    )
     if self.scan:
-      x = self._scanned(block(*sizes, self.dtype, name="blocks"), x, valid)
+      x = self._scanned(block(name="blocks"), x, valid)
       return x if keep is None else x[:, -keep:]
     for i in range(self.depth):
-      last = keep if i == self.depth - 1 else None
-      x = block(*sizes, self.dtype, last, name=f"block{i}")(x, valid)
+      x = block(keep=keep if i == self.depth - 1 else None, name=f"block{i}")(x, valid)
     return x
 
   def _scanned(self, block: Block, x: jax.Array, valid: jax.Array | None) -> jax.Array:
@@ -122,3 +152,9 @@ class Transformer(nn.Module):
       length=self.depth,
     )
     return body(block, x, None)[0]
+
+
+def transformer(owner: Stack) -> Transformer:
+  """The blocks of a module that shares their fields, under the name 'transformer'."""
+  names = {f.name for f in dataclasses.fields(Stack)} - {"parent", "name"}
+  return Transformer(**{name: getattr(owner, name) for name in names}, name="transformer")

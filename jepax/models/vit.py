@@ -15,7 +15,8 @@ from einops import rearrange
 from flax import linen as nn
 
 from jepax.masks.tokens import TokenSet, gather
-from jepax.models.transformer import INITS, Transformer, layer_norm
+from jepax.models.transformer import Stack, dense, layer_norm, transformer
+from jepax.names import one_of
 
 # name: width, depth, heads, MLP width
 VARIANTS = {
@@ -72,26 +73,16 @@ def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
   return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
-class ViT(nn.Module):
+class ViT(Stack, kw_only=True):
   """Images to tokens. Takes any image size that divides by the patch.
 
-  patch: pixels a side. width, depth, heads, mlp_width: sizes, see `vit` for the named ones.
+  patch: pixels a side.
   class_token: prepend a learned token (MAE); it comes first in the output, without position.
-  The other fields are those of `Transformer`.
+  The other fields are those of `Stack`; `vit` has sizes by name.
   """
 
   patch: int
-  width: int
-  depth: int
-  heads: int
-  mlp_width: int
   class_token: bool = False
-  activation: str = "gelu"
-  init_name: str = "normal"
-  attention: str = "auto"
-  dtype: jnp.dtype = jnp.float32
-  scan: bool = False
-  remat: str = "none"
 
   @nn.compact
   def __call__(self, images: jax.Array, tokens: TokenSet | None = None) -> jax.Array:
@@ -111,23 +102,10 @@ class ViT(nn.Module):
       valid = None
     else:  # gather pixels rather than embeddings: the projection then runs on kept patches only
       patches, position, valid = gather(patches, tokens), position[tokens.index], tokens.valid
-    embed = nn.Dense(self.width, dtype=self.dtype, kernel_init=INITS[self.init_name], name="embed")
-    x = embed(patches).astype(jnp.float32) + position  # [b k d]
+    x = dense(self, self.width, name="embed")(patches).astype(jnp.float32) + position  # [b k d]
     if self.class_token:
       x, valid = self._prepend_class(x, valid)
-    blocks = Transformer(
-      self.depth,
-      self.heads,
-      self.mlp_width,
-      self.activation,
-      self.init_name,
-      self.attention,
-      self.dtype,
-      self.scan,
-      self.remat,
-      name="transformer",
-    )
-    return layer_norm("norm", jnp.float32)(blocks(x, valid))
+    return layer_norm("norm", jnp.float32)(transformer(self)(x, valid))
 
   def _prepend_class(self, x, valid):
     token = self.param("class_token", nn.initializers.normal(0.02), (1, 1, self.width))
@@ -148,7 +126,6 @@ def vit(variant: str, *, patch: int, **fields) -> ViT:
   Raises:
     ValueError: an unknown variant.
   """
-  if variant not in VARIANTS:
-    raise ValueError(f"ViT variant {variant!r} is unknown; allowed: {sorted(VARIANTS)}")
+  one_of(variant, VARIANTS, where="variant")
   sizes = dict(zip(("width", "depth", "heads", "mlp_width"), VARIANTS[variant], strict=True))
   return ViT(patch=patch, **{**sizes, **fields})

@@ -55,9 +55,12 @@ def variance_hinge(x: jax.Array, *, epsilon: float = 1e-4) -> jax.Array:
     x: [b d], the global batch, b at least 2.
     epsilon: added to the (unbiased) variance.
 
+  Returns:
+    f32[], in [0, 1].
+
   Source: arXiv 2105.04906 and facebookresearch/vicreg.
   """
-  chex.assert_rank(x, 2)
+  _check_batch(x)
   std = jnp.sqrt(x.astype(jnp.float32).var(0, ddof=1) + epsilon)
   return jnp.mean(jax.nn.relu(1 - std))
 
@@ -70,11 +73,22 @@ def covariance_penalty(x: jax.Array) -> jax.Array:
 
   Args:
     x: [b d], the global batch, b at least 2.
+
+  Returns:
+    f32[], not negative.
+
+  Source: arXiv 2105.04906 and facebookresearch/vicreg, which sum the d x d matrix.
   """
-  chex.assert_rank(x, 2)
+  _check_batch(x)
   b, d = x.shape
   x = x.astype(jnp.float32)
   x = x - x.mean(0)
   gram = x @ x.T if b < d else x.T @ x
   diagonal = jnp.square(x).sum(0)  # of the d x d matrix
   return (jnp.square(gram).sum() - jnp.square(diagonal).sum()) / (b - 1) ** 2 / d
+
+
+def _check_batch(x: jax.Array) -> None:
+  chex.assert_rank(x, 2)
+  if x.shape[0] < 2:
+    raise ValueError(f"a variance over the batch needs 2 samples or more, found {x.shape[0]}")

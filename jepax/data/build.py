@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from jepax.data.sources import (
   scan_folder,
 )
 from jepax.data.transforms import INTERPOLATIONS, CenterCrop, RandomResizedCrop, Transform
+from jepax.names import nearest, one_of
 
 _EVAL_FOLDERS = ("val", "validation", "test")
 _STATISTICS_IMAGES = 2000
@@ -241,13 +241,11 @@ def _check(config: ConfigDict) -> None:
   """Raises ValueError on a wrong key or value, before anything is read."""
   known = set(defaults())
   for key in sorted(set(config) - known):
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; nearest: {near[0]!r}" if near else ""
-    raise ValueError(f"unknown key data.{key}{hint}; allowed: {sorted(known)}")
+    raise ValueError(f"data.{key} is unknown{nearest(key, known)}; allowed: {sorted(known)}")
   if missing := sorted(known - set(config)):
     raise ValueError(f"data lacks the keys {missing}; start from jepax.data.build.defaults()")
-  _check_choice("source", config.source, ("embedded", "tfds", "folder"))
-  _check_choice("interpolation", config.interpolation, tuple(INTERPOLATIONS))
+  one_of(config.source, ("embedded", "tfds", "folder"), where="data.source")
+  one_of(config.interpolation, INTERPOLATIONS, where="data.interpolation")
   c = config.channels
   for key, right, allowed in (
     ("channels", c in (1, 3), "1 (grey) or 3 (colour)"),
@@ -266,13 +264,6 @@ def _check(config: ConfigDict) -> None:
   ):
     if not right:
       raise ValueError(f"data.{key}={config[key]!r}; allowed: {allowed}")
-
-
-def _check_choice(key: str, found: str, allowed: tuple[str, ...]) -> None:
-  if found not in allowed:
-    near = difflib.get_close_matches(found, allowed, n=1)
-    hint = f"; nearest: {near[0]!r}" if near else ""
-    raise ValueError(f"data.{key}={found!r}; allowed: {', '.join(allowed)}{hint}")
 
 
 def _is_range(values: tuple[float, float], *, most: float = float("inf")) -> bool:

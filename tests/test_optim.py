@@ -1,0 +1,214 @@
+"""Schedules and optimizers against closed forms and slow numpy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jepax import optim
+from jepax.config import base
+from jepax.models.transformer import Transformer
+
+STEPS, WARMUP = 50, 8  # T and Wm of the reference's schedulers, warm-up included in T
+
+
+def section(**changes):
+  config = base().optim
+  config.update(lr=1e-3, start_lr=2e-4, final_lr=1e-6, weight_decay=0.04, final_weight_decay=0.4)
+  config.update(changes)
+  return config
+
+
+def params() -> dict:
+  """One leaf of every kind; a scanned stack has biases and scales of two axes."""
+  rng = np.random.default_rng(0)
+  shapes = {
+    "mask_token": (1, 1, 4),
+    "dense": {"kernel": (3, 4), "bias": (4,)},
+    "norm": {"scale": (4,), "bias": (4,)},
+    "blocks": {"qkv": {"kernel": (2, 3, 4), "bias": (2, 4)}, "norm": {"scale": (2, 3)}},
+  }
+  return jax.tree.map(
+    lambda shape: rng.normal(size=shape).astype(np.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+DECAYED = {"['mask_token']", "['dense']['kernel']", "['blocks']['qkv']['kernel']"}
+
+
+def gradients(step: int) -> dict:
+  rng = np.random.default_rng(100 + step)
+  return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params())
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): np.asarray(x, np.float64) for path, x in leaves}
+
+
+def trained(optimizer: optim.Optimizer, steps: int) -> dict[str, np.ndarray]:
+  """Parameters after some updates of the chain as it is used."""
+  state, moved = optimizer.tx.init(params()), params()
+  update = jax.jit(optimizer.tx.update)
+  for step in range(steps):
+    updates, state = update(gradients(step), state, moved)
+    moved = jax.tree.map(jnp.add, moved, updates)
+  return flat(moved)
+
+
+# --- schedules ------------------------------------------------------------------------------
+
+
+def reference_lr(s: int) -> float:
+  """The reference's warm-up and cosine, its counter starting at 1."""
+  start, peak, final = 2e-4, 1e-3, 1e-6
+  if s < WARMUP:
+    return start + s / WARMUP * (peak - start)
+  progress = (s - WARMUP) / (STEPS - WARMUP)
+  return max(final, final + (peak - final) * 0.5 * (1 + np.cos(np.pi * progress)))
+
+
+def reference_decay(s: int) -> float:
+  return min(0.4, 0.4 + (0.04 - 0.4) * 0.5 * (1 + np.cos(np.pi * s / STEPS)))
+
+
+@pytest.mark.parametrize("s", [1, WARMUP - 1, WARMUP, WARMUP + 1, 25, STEPS - 1, STEPS])
+def test_schedules_are_those_of_the_reference(s):
+  schedules = optim.build(section(), steps=STEPS, warmup=WARMUP).schedules
+  # Update number k, counted from 0, uses s = k + 1. rtol: the cosine in float32.
+  lr = schedules["schedule/learning_rate"](s - 1)
+  np.testing.assert_allclose(lr, reference_lr(s), rtol=1e-5, atol=1e-10)
+  decay = schedules["schedule/weight_decay"](jnp.asarray(s - 1))
+  np.testing.assert_allclose(decay, reference_decay(s), rtol=1e-5)
+
+
+def test_schedules_stay_at_their_end():
+  assert optim.linear(0.9, 1.0, steps=10)(25) == 1.0
+  assert optim.cosine(1.0, 0.5, steps=10)(25) == 0.5
+  rate = optim.warmup_cosine(0.0, 1.0, 0.25, warmup=2, steps=10)
+  np.testing.assert_allclose([rate(10), rate(99)], 0.25, rtol=1e-6)
+
+
+def test_linear_is_the_momentum_of_the_reference():
+  momentum = optim.linear(0.996, 1.0, steps=STEPS)
+  for k in (0, 1, 17, STEPS - 1):
+    expected = 0.996 + k * (1.0 - 0.996) / STEPS
+    np.testing.assert_allclose(momentum(k), expected, rtol=1e-7)
+
+
+def test_no_warmup_starts_at_the_peak():
+  rate = optim.warmup_cosine(0.5, 1.0, 0.0, warmup=0, steps=10)
+  assert rate(0) == 1.0 and 0 < rate(9) < rate(1) < 1
+
+
+def test_warmup_of_the_whole_run():
+  rate = optim.warmup_cosine(0.0, 1.0, 0.0, warmup=10, steps=10)
+  np.testing.assert_allclose([rate(0), rate(5), rate(9), rate(10)], [0, 0.5, 0.9, 1.0], rtol=1e-6)
+
+
+# --- optimizers -----------------------------------------------------------------------------
+
+
+def test_decayed_are_all_but_biases_and_scales():
+  marks = optim.decayed(params())
+  assert {path for path, mark in flat(marks).items() if mark} == DECAYED
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_decayed_in_a_real_stack(scan):
+  model = Transformer(width=4, depth=2, heads=1, scan=scan)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2, 4)))["params"]
+  for path, mark in flat(optim.decayed(shapes)).items():
+    assert mark == path.endswith("['kernel']"), path
+
+
+def test_adamw_is_torch_adamw():
+  found = trained(optim.build(section(), steps=STEPS, warmup=WARMUP), 5)
+  for path, p in flat(params()).items():
+    m = v = np.zeros_like(p)
+    for k in range(5):
+      g, lr = flat(gradients(k))[path], reference_lr(k + 1)
+      if path in DECAYED:
+        p = p * (1 - lr * reference_decay(k + 1))
+      m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+      m_hat, v_hat = m / (1 - 0.9 ** (k + 1)), v / (1 - 0.999 ** (k + 1))
+      p = p - lr * m_hat / (np.sqrt(v_hat) + 1e-8)
+    # Five updates of about 1e-3 in float32 on values of order 1.
+    np.testing.assert_allclose(found[path], p, atol=1e-6, err_msg=path)
+
+
+def lars(p: np.ndarray, grads: list[np.ndarray], *, is_decayed: bool) -> np.ndarray:
+  """One tensor by the rule of VICReg, MoCo v3 and MAE's probe: momentum, then the rate."""
+  velocity = np.zeros_like(p)
+  for k, g in enumerate(grads):
+    if is_decayed:
+      g = g + reference_decay(k + 1) * p
+      g = g * 1e-3 * np.linalg.norm(p) / np.linalg.norm(g)
+    velocity = 0.9 * velocity + g
+    p = p - 1000 * reference_lr(k + 1) * velocity
+  return p
+
+
+def test_lars_under_a_changing_rate():
+  rates = dict(lr=1.0, start_lr=0.2, final_lr=1e-3)  # 1000 times those of `reference_lr`
+  found = trained(optim.build(section(name="lars", **rates), steps=STEPS, warmup=WARMUP), 6)
+  grads = [flat(gradients(k)) for k in range(6)]
+  for path, p in flat(params()).items():
+    layers = range(2) if "blocks" in path else [...]  # a layer at a time, as if unrolled
+    for i in layers:
+      expected = lars(p[i], [g[path][i] for g in grads], is_decayed=path in DECAYED)
+      # Moves of 1e-3 and more, in float32 on values of order 1.
+      np.testing.assert_allclose(found[path][i], expected, atol=2e-6, rtol=2e-6, err_msg=path)
+
+
+def test_trust_ratio_passes_what_it_cannot_scale():
+  tx = optim.trust_ratio(0.1)
+  tree = {
+    "zero": {"kernel": jnp.zeros(3)},
+    "still": {"kernel": jnp.ones(3)},
+    "moved": {"kernel": jnp.asarray([3.0, 4.0, 0.0]), "bias": jnp.ones(3)},
+  }
+  update = {
+    "zero": {"kernel": jnp.ones(3)},
+    "still": {"kernel": jnp.zeros(3)},
+    "moved": {"kernel": jnp.asarray([0.0, 0.0, 2.0]), "bias": jnp.full(3, 7.0)},
+  }
+  scaled, _ = tx.update(update, tx.init(tree), tree)
+  np.testing.assert_array_equal(scaled["zero"]["kernel"], 1.0)
+  np.testing.assert_array_equal(scaled["still"]["kernel"], 0.0)
+  np.testing.assert_array_equal(scaled["moved"]["bias"], 7.0)
+  np.testing.assert_allclose(scaled["moved"]["kernel"], [0, 0, 0.5], rtol=1e-6)  # 0.1 * 5
+
+
+def test_clip_is_of_the_global_norm():
+  free = optim.build(section(name="lars", lr=0.1), steps=4, warmup=0)
+  clipped = optim.build(section(name="lars", lr=0.1, clip=0.5), steps=4, warmup=0)
+  norm = np.sqrt(sum((g**2).sum() for g in flat(gradients(0)).values()))
+  free_bias, bias = (
+    trained(o, 1)["['dense']['bias']"] - flat(params())["['dense']['bias']"]
+    for o in (free, clipped)
+  )
+  assert norm > 0.5
+  np.testing.assert_allclose(bias, free_bias * 0.5 / norm, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"name": "adam"}, r"optim.name='adam' is unknown; did you mean 'adamw'.*\['adamw', 'lars'\]"),
+    ({"lr": -1.0}, r"optim.lr=-1.0 must not be negative"),
+    ({"lr": float("nan")}, r"optim.lr=nan must not be negative"),
+    ({"final_weight_decay": -0.1}, r"optim.final_weight_decay"),
+    ({"clip": -1.0}, r"optim.clip=-1.0"),
+    ({"b1": 1.0}, r"optim.b1=1.0 must lie in \[0, 1\)"),
+    ({"b2": -0.5}, r"optim.b2"),
+    ({"warmup": "2 epochs"}, r"optim.warmup='2 epochs' is 11 steps but the run only 10; shorten"),
+  ],
+)
+def test_errors(changes, message):
+  with pytest.raises(ValueError, match=message):
+    optim.build(section(**changes), steps=10, warmup=11 if "warmup" in changes else 1)

@@ -27,9 +27,12 @@ def parse(argv: list[str]) -> list[str]:
   overrides, rest = [], []
   for argument in argv:
     (overrides if argument.startswith(PREFIX) else rest).append(argument)
-  left = flags.FLAGS(rest)
+  left = app.parse_flags_with_usage(rest)
   if len(left) > 1:
-    raise flags.IllegalFlagValueError(f"unexpected argument {left[1]!r}")
+    print(
+      f"error: unexpected argument {left[1]!r}; settings read --config.KEY=VALUE", file=sys.stderr
+    )
+    sys.exit(2)
   return [argv[0], *overrides]
 
 

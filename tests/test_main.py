@@ -27,7 +27,7 @@ def start(*arguments: str) -> subprocess.CompletedProcess:
   ("arguments", "message"),
   [
     ([QUICKSTART, "--config.optim.lrr=1"], "did you mean 'optim.lr'"),
-    ([QUICKSTART, "--config.batch_size=ten"], "expected a int"),
+    ([QUICKSTART, "--config.batch_size=ten"], "found 'ten', expected"),
     (["--config=configs/quickstrat.py"], "did you mean 'quickstart.py'"),
     ([QUICKSTART, "--config.data.source=tfds", "--config.data.path=nowhere"], "nowhere"),
     ([QUICKSTART, "--config.data.source=folder", "--config.data.path=nowhere"], "nowhere"),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepax import plots, report
+from jepax import report
+from jepax.report import plots
 
 VOID = {"meta", "img", "br"}
 HEADINGS = (

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jepax import plots
-from jepax.report_parts import key, name_of, section
+from jepax.report import plots
+from jepax.report.parts import key, name_of, section
 
 CONTROLS = ("random_init", "pixels")
 COLOURS = {

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jepax import report_charts, report_pictures
-from jepax.report_parts import Pictures, key, name_of, section
-from jepax.report_style import CSS
+from jepax.report import charts, pictures
+from jepax.report.parts import Pictures, key, name_of, section
+from jepax.report.style import CSS
 
 __all__ = ["Pictures", "Report", "write"]
 
@@ -65,16 +65,16 @@ def write(path: str | os.PathLike, report: Report) -> None:
 
 def render(report: Report) -> str:
   """The page as text."""
-  probes = report_charts.probes_in(report.results)
+  probes = charts.probes_in(report.results)
   sections = (
     _accuracy(probes),
-    report_charts.training(report.history),
-    report_charts.probes_over_time(report.history, probes),
-    report_charts.collapse(report.history, report.results),
-    report_pictures.masks(report.pictures),
-    report_pictures.neighbours(report.pictures),
-    report_pictures.embedding(report.pictures),
-    report_pictures.patch_colours(report.pictures),
+    charts.training(report.history),
+    charts.probes_over_time(report.history, probes),
+    charts.collapse(report.history, report.results),
+    pictures.masks(report.pictures),
+    pictures.neighbours(report.pictures),
+    pictures.embedding(report.pictures),
+    pictures.patch_colours(report.pictures),
     _reproduce(report),
   )
   title = html.escape(report.title)
@@ -165,13 +165,13 @@ def _accuracy(probes: Mapping[str, Mapping[str, float]]) -> str:
     gain = f"<td>{_gain(scores)}</td>" * gained
     rows.append(f"<tr><td>{name_of(probe)}</td>{cells}{gain}</tr>")
     dots = "".join(
-      f'<i style="left:{100 * score:.2f}%;--c:var({report_charts.colour_of(encoder)})" '
+      f'<i style="left:{100 * score:.2f}%;--c:var({charts.colour_of(encoder)})" '
       f'title="{name_of(encoder)} {score:.1%}"></i>'
       for encoder, score in reversed(scores.items())
     )
     strips.append(f'<div>{name_of(probe)}</div><div class="track">{dots}</div>')
   ticks = "".join(f'<span style="left:{tick}%">{tick}%</span>' for tick in range(0, 101, 25))
-  keys = "".join(key(name_of(e), report_charts.colour_of(e), "dot") for e in encoders)
+  keys = "".join(key(name_of(e), charts.colour_of(e), "dot") for e in encoders)
   body = (
     f'<div class="scroll"><table><thead><tr><th>accuracy</th>{heads}</tr></thead>'
     f"<tbody>{''.join(rows)}</tbody></table></div>"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jepax import plots
-from jepax.report_parts import Pictures, key, section
+from jepax.report import plots
+from jepax.report.parts import Pictures, key, section
 
 MAX_IMAGES = 8
 MAX_NEIGHBOURS = 8

@@ -1,0 +1,318 @@
+"""Models against an oracle, known sizes, and what must not change a number."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import models_oracle as oracle
+import numpy as np
+import pytest
+
+from jepax.masks.tokens import TokenSet
+from jepax.models.decoder import PixelDecoder
+from jepax.models.heads import Expander
+from jepax.models.predictor import Predictor
+from jepax.models.transformer import ACTIVATIONS, layer_norm
+from jepax.models.vit import ViT, patchify, sincos2d, vit
+
+# Float32 through two blocks, on outputs of order 1, summed in another order.
+close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+
+GRID = (3, 4)  # rows and columns differ, so that mixing them up shows
+ENCODER = ViT(patch=2, width=16, depth=2, heads=2, mlp_width=24)
+MAE_ENCODER = ENCODER.clone(class_token=True)
+PREDICTOR = Predictor(width=8, depth=2, heads=2)
+DECODER = PixelDecoder(out=12, width=8, depth=2, heads=2)
+
+
+def randomized(shapes, *, seed: int = 0):
+  """Every parameter drawn, biases and scales too: the usual start would hide their mistakes."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda s: rng.normal(size=s.shape, scale=0.3).astype(np.float32), shapes)
+
+
+def parameters(module, *inputs, seed: int = 0, **keywords):
+  init = functools.partial(module.init, jax.random.key(0), **keywords)
+  return randomized(jax.eval_shape(init, *inputs)["params"], seed=seed)
+
+
+def tokens(*rows, size: int | None = None, filler: int = 5) -> TokenSet:
+  """Sets of these indices, each padded to `size` with an index that is there but not valid."""
+  size = size or max(len(row) for row in rows)
+  index = [[*row, *[filler] * (size - len(row))] for row in rows]
+  valid = [[i < len(row) for i in range(size)] for row in rows]
+  return TokenSet(jnp.asarray(index, jnp.int32), jnp.asarray(valid))
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+  return np.random.default_rng(1).normal(size=(2, 6, 8, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def encoder(images):
+  """(parameters, jitted encoder) of ENCODER."""
+  params = parameters(ENCODER, images)
+  return params, jax.jit(lambda *arguments: ENCODER.apply({"params": params}, *arguments))
+
+
+@pytest.fixture(scope="module")
+def predictor():
+  """(parameters, context [b k d], jitted (context, ids, targets) -> prediction) of PREDICTOR."""
+  context = np.random.default_rng(2).normal(size=(2, 4, 16)).astype(np.float32)
+  ids = tokens([0, 1, 2, 3], [4, 5, 6, 7])
+  targets = jax.tree.map(lambda x: x[:, None], ids)
+  params = parameters(PREDICTOR, context, ids, targets, grid=GRID)
+  return (
+    params,
+    context,
+    jax.jit(lambda *arguments: PREDICTOR.apply({"params": params}, *arguments, grid=GRID)),
+  )
+
+
+# --- sizes ----------------------------------------------------------------------------------
+
+
+def count(module, *inputs, **keywords) -> int:
+  init = functools.partial(module.init, jax.random.key(0), **keywords)
+  shapes = jax.eval_shape(init, *inputs)["params"]
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def image_of(size: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+
+
+@pytest.mark.parametrize(
+  "variant, patch, millions",
+  [
+    ("tiny", 16, 5.49),
+    ("small", 16, 21.6),
+    ("base", 16, 85.6),
+    ("large", 16, 303.1),
+    ("huge", 14, 630.4),
+    ("huge", 16, 630.7),
+    ("giant", 16, 1011.1),
+  ],
+)
+def test_encoder_sizes(variant, patch, millions):
+  found = count(vit(variant, patch=patch, scan=True), image_of(224)) / 1e6
+  digits = 2 if variant == "tiny" else 1
+  assert round(found, digits) == millions
+
+
+@pytest.mark.parametrize(
+  "width, heads, depth, millions",
+  [(768, 12, 6, 11.2), (1024, 16, 12, 22.1), (1280, 16, 12, 22.3), (1408, 16, 16, 29.5)],
+)
+def test_predictor_sizes(width, heads, depth, millions):
+  context = tokens([0, 1])
+  targets = tokens([2])
+  targets = jax.tree.map(lambda x: x[:, None], targets)
+  model = Predictor(width=384, depth=depth, heads=heads, scan=True)
+  x = jax.ShapeDtypeStruct((1, 2, width), jnp.float32)
+  assert round(count(model, x, context, targets, grid=(14, 14)) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(
+  "variant, patch, encoder_size, decoder_size",
+  [
+    ("base", 16, 85_647_360, 26_008_320),
+    ("large", 16, 303_099_904, 26_139_392),
+    ("huge", 14, 630_435_840, 26_178_124),
+  ],
+)
+def test_mae_sizes(variant, patch, encoder_size, decoder_size):
+  model = vit(variant, patch=patch, class_token=True, scan=True)
+  assert count(model, image_of(224)) == encoder_size
+  decoder = PixelDecoder(out=3 * patch**2, width=512, depth=8, heads=16, scan=True)
+  x = jax.ShapeDtypeStruct((1, 3, model.width), jnp.float32)
+  assert count(decoder, x, tokens([0, 1]), tokens([2]), grid=(14, 14)) == decoder_size
+
+
+def test_expander_size_is_the_references():
+  x = jax.ShapeDtypeStruct((2, 2048), jnp.float32)
+  assert count(Expander(widths=(8192, 8192, 8192)), x, train=True) == 151_044_096
+
+
+# --- patches and positions ------------------------------------------------------------------
+
+
+def test_patchify_order():
+  images = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+  patches = patchify(images, patch=2)
+  assert patches.shape == (2, 6, 12)
+  for b, r, c, y, x, z in np.ndindex(2, 2, 3, 2, 2, 3):  # row, column, channel inside a patch
+    assert patches[b, 3 * r + c, 6 * y + 3 * x + z] == images[b, 2 * r + y, 2 * c + x, z]
+  with pytest.raises(ValueError, match="images of 4x6 pixels do not divide into patches of 4"):
+    patchify(images, patch=4)
+
+
+@pytest.mark.parametrize("grid, width", [((3, 4), 8), ((5, 2), 12)])
+def test_positions(grid, width):
+  table = sincos2d(grid, width)
+  assert table.dtype == np.float32
+  for row, column in np.ndindex(*grid):
+    expected = oracle.position(row, column, width)
+    np.testing.assert_allclose(table[row * grid[1] + column], expected, atol=1e-7)
+  # The first half is the column's: constant down a column.
+  by_place = table.reshape(*grid, width)
+  assert np.ptp(by_place[..., : width // 2], axis=0).max() == 0
+  assert np.ptp(by_place[..., width // 2 :], axis=1).max() == 0
+  with pytest.raises(ValueError, match="multiple of 4, found 6"):
+    sincos2d(grid, 6)
+
+
+# --- against the oracle ---------------------------------------------------------------------
+
+
+def test_encoder_is_the_oracles(encoder, images):
+  params, encode = encoder
+  for found, image in zip(encode(images), images, strict=True):
+    close(found, oracle.vit(params, image, patch=2, heads=2))
+
+
+def test_encoder_of_some_patches_is_the_oracles(encoder, images):
+  """Only those patches exist for it: positions kept, padding and absent patches unseen."""
+  params, encode = encoder
+  sets = [[7, 2, 11], [0, 9, 3, 8, 4]]
+  found = encode(images, tokens(*sets))
+  for i, ids in enumerate(sets):
+    close(found[i, : len(ids)], oracle.vit(params, images[i], patch=2, heads=2, ids=ids))
+
+
+def test_mae_is_the_oracles(images):
+  visible, hidden = [[8, 1, 5], [2, 3]], [[0, 11], [7, 4, 6, 9]]
+  seen, unseen = tokens(*visible), tokens(*hidden)
+  params = parameters(MAE_ENCODER, images)
+  x = jax.jit(MAE_ENCODER.apply)({"params": params}, images, seen)
+  decoder_params = parameters(DECODER, x, seen, unseen, grid=GRID)
+  decode = jax.jit(functools.partial(DECODER.apply, grid=GRID))
+  found = decode({"params": decoder_params}, x, seen, unseen)
+  for i, (ids, missing) in enumerate(zip(visible, hidden, strict=True)):
+    latent = oracle.vit(params, images[i], patch=2, heads=2, ids=ids)
+    close(x[i, : 1 + len(ids)], latent)
+    expected = oracle.decoder(decoder_params, latent, ids, missing, columns=GRID[1], heads=2)
+    close(found[i, : len(missing)], expected)
+
+
+def test_predictor_is_the_oracles(predictor):
+  params, context, predict = predictor
+  ids, blocks = [[4, 0, 9], [1, 7, 2, 3]], [[[5, 6], [8]], [[0], [11, 10, 5]]]
+  targets = jax.tree.map(lambda *x: jnp.stack(x), *[tokens(*b, size=3) for b in blocks])
+  found = predict(context, tokens(*ids), targets)
+  for b, m in np.ndindex(2, 2):
+    x = context[b, : len(ids[b])]
+    expected = oracle.predictor(params, x, ids[b], blocks[b][m], columns=GRID[1], heads=2)
+    close(found[b, m, : len(blocks[b][m])], expected)
+
+
+def test_norms_have_the_fields_epsilon():
+  """At a variance of 1e-6 the epsilon is half of all; elsewhere it can't be seen."""
+  norm = layer_norm("norm", jnp.float32)
+  x = jnp.asarray([[1e-3, -1e-3]])
+  out, _ = norm.init_with_output(jax.random.key(0), x)
+  np.testing.assert_allclose(out, [[0.5**0.5, -(0.5**0.5)]], rtol=1e-5)
+
+
+def test_exact_and_approximate_gelu():
+  x = np.linspace(-4, 4, 41)
+  np.testing.assert_allclose(ACTIVATIONS["gelu"](x), oracle.gelu(x), atol=1e-6)
+  difference = np.abs(ACTIVATIONS["gelu_tanh"](x) - oracle.gelu(x)).max()
+  assert 1e-5 < difference < 1e-3
+
+
+# --- what must not matter -------------------------------------------------------------------
+
+
+def test_order_of_patches_does_not_matter(encoder, images):
+  _, encode = encoder
+  order = np.asarray([3, 0, 4, 1, 2])
+  ids = np.asarray([[7, 2, 11, 5, 0], [0, 9, 3, 8, 4]])
+  first, second = encode(images, tokens(*ids)), encode(images, tokens(*ids[:, order]))
+  close(second, first[:, order])
+
+
+def test_all_patches_by_index_are_all_patches(encoder, images):
+  _, encode = encoder
+  close(encode(images, tokens(*[range(12)] * 2)), encode(images))
+
+
+def test_padding_never_changes_an_output(encoder, predictor, images):
+  _, encode = encoder
+  _, context, predict = predictor
+  same = functools.partial(close, rtol=1e-6, atol=1e-6)  # sums over other lengths
+  sets = [[7, 2, 11], [0, 9, 3, 8]]
+  tight, loose = encode(images, tokens(*sets)), encode(images, tokens(*sets, size=9, filler=2))
+  for i, ids in enumerate(sets):
+    same(loose[i, : len(ids)], tight[i, : len(ids)])
+
+  def prediction(extra: int):
+    targets = jax.tree.map(lambda x: x[:, None], tokens([5, 6], [1, 2], size=2 + extra))
+    padded = np.pad(context, ((0, 0), (0, extra), (0, 0)), constant_values=1e3)
+    return predict(padded, tokens(*sets, size=4 + extra), targets)[:, :, :2]
+
+  same(prediction(5), prediction(0))
+
+
+def test_a_set_without_tokens_stays_finite(encoder, images):
+  _, encode = encoder
+  out = encode(images, tokens([], [1, 2]))
+  assert np.all(np.isfinite(out))
+
+
+def test_target_blocks_are_sequences_of_their_own(predictor):
+  _, context, predict = predictor
+  ids = tokens([0, 1, 2, 3], [4, 5, 6, 7])
+
+  def prediction(*blocks):
+    return predict(context, ids, jax.tree.map(lambda x: jnp.stack([x, x]), tokens(*blocks)))
+
+  found = prediction([8, 9, 10], [5, 6, 11])
+  moved = prediction([8, 9, 10], [3, 1, 2])
+  close(moved[:, 0], found[:, 0], rtol=1e-6, atol=1e-6)
+  assert np.abs(moved[:, 1] - found[:, 1]).max() > 1e-2
+  permuted = prediction([10, 8, 9], [5, 6, 11])
+  close(permuted[:, 0], found[:, 0, [2, 0, 1]])
+
+
+# --- construction ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"heads": 3}, "width=16 does not divide into heads=3"),
+    ({"heads": 0}, "does not divide into heads=0"),
+    ({"activation": "gleu"}, "activation='gleu' is unknown; did you mean 'gelu'"),
+    ({"init_name": "xaver"}, "init_name='xaver' is unknown; did you mean 'xavier'"),
+    ({"attention": "cuda"}, "attention='cuda' is unknown.*'cudnn'"),
+    ({"remat": "ful"}, "remat='ful' is unknown; did you mean 'full'"),
+  ],
+)
+def test_settings_are_checked_when_built(changes, message):
+  with pytest.raises(ValueError, match=message):
+    ENCODER.clone(**changes)
+
+
+def test_variants_can_be_resized():
+  model = vit("tiny", patch=4, depth=2, mlp_width=96)
+  assert (model.width, model.depth, model.heads, model.mlp_width) == (192, 2, 3, 96)
+  with pytest.raises(ValueError, match="variant='hug' is unknown; did you mean 'huge'"):
+    vit("hug", patch=4)
+
+
+def test_expander_has_batch_statistics():
+  model = Expander(widths=(8, 4))
+  x = jnp.asarray(np.random.default_rng(5).normal(size=(6, 3)) * 5 + 2, jnp.float32)
+  variables = model.init(jax.random.key(0), x, train=True)
+  assert set(variables["params"]["out"]) == {"kernel"}  # no bias at the end
+  out, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+  p = variables["params"]
+  hidden = oracle.linear(p["dense0"], np.asarray(x, np.float64))
+  standard = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
+  close(out, np.maximum(standard, 0) @ p["out"]["kernel"])
+  moved = updated["batch_stats"]["bn0"]["mean"]
+  close(moved, 0.1 * hidden.mean(0))

@@ -1,0 +1,159 @@
+"""Transformer: the switches that must not change a number, attention, precision, first weights."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jepax.models.attention import attention
+from jepax.models.transformer import Transformer
+from jepax.models.vit import ViT
+
+DEPTH = 2
+STACK = Transformer(width=16, depth=DEPTH, heads=2, mlp_width=24)
+
+
+@pytest.fixture(scope="module")
+def stack():
+  """(parameters, input [b n d], validity [b n]) of STACK; biases and scales are drawn too."""
+  rng = np.random.default_rng(3)
+  x = rng.normal(size=(2, 5, 16)).astype(np.float32)
+  shapes = jax.eval_shape(STACK.init, jax.random.key(0), x)["params"]
+  params = jax.tree.map(lambda s: rng.normal(size=s.shape, scale=0.3).astype(np.float32), shapes)
+  return params, x, np.asarray([[True] * 5, [True, True, False, True, False]])
+
+
+def stacked(params):
+  """The parameters `block0`, `block1`, ... as a scanned stack holds them."""
+  layers = [params[f"block{i}"] for i in range(DEPTH)]
+  return {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+
+
+def gradients(module, params, x, valid):
+  """(output, gradients by parameters and input) of a loss over the last two tokens."""
+
+  def loss(params, x):
+    y = module.apply({"params": params}, x, valid, keep=2)
+    return jnp.sum(y**2 * np.linspace(-1, 1, 16)), y
+
+  grads, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+  return y, grads
+
+
+@pytest.fixture(scope="module")
+def expected(stack):
+  """`gradients` of the plain form: unrolled, all activations kept."""
+  return gradients(STACK, *stack)
+
+
+@pytest.mark.parametrize(
+  "scan, remat", [(False, "full"), (False, "dots"), (True, "none"), (True, "dots")]
+)
+def test_scan_and_remat_change_nothing(stack, expected, scan, remat):
+  params, x, valid = stack
+  y, (grads, x_grad) = expected
+  module = STACK.clone(scan=scan, remat=remat)
+  if scan:
+    params, grads = stacked(params), stacked(grads)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+  chex.assert_trees_all_equal_shapes_and_dtypes(shapes, params)
+  found, found_grads = gradients(module, params, x, valid)
+  np.testing.assert_allclose(found, y, rtol=2e-5, atol=2e-5)
+  flat = (jax.tree.leaves(tree) for tree in (found_grads, (grads, x_grad)))
+  for a, b in zip(*flat, strict=True):
+    # Float32 sums in another order; small entries are differences of large ones.
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_keep_is_a_slice(stack, scan):
+  params, x, valid = stack
+  module = STACK.clone(scan=scan)
+  variables = {"params": stacked(params) if scan else params}
+  apply = jax.jit(module.apply, static_argnames="keep")
+  whole, kept = apply(variables, x, valid), apply(variables, x, valid, keep=2)
+  np.testing.assert_allclose(kept, whole[:, -2:], rtol=2e-5, atol=2e-5)
+
+
+def test_remat_stores_less(stack):
+  """That the switch does something: saved residuals of the backward pass, 'full' < 'none'."""
+  params, x, valid = stack
+
+  def saved(remat: str) -> int:
+    module = STACK.clone(remat=remat)
+    _, pull = jax.vjp(lambda p: module.apply({"params": p}, x, valid), params)
+    return sum(leaf.size for leaf in jax.tree.leaves(pull))
+
+  assert saved("full") < saved("dots") < saved("none")
+
+
+# --- attention and precision ----------------------------------------------------------------
+
+
+def test_attention_implementations_agree():
+  rng = np.random.default_rng(4)
+  q = rng.normal(size=(2, 3, 2, 8)).astype(np.float32)
+  k, v = rng.normal(size=(2, 2, 5, 2, 8)).astype(np.float32)
+  for valid in (None, jnp.asarray([[True, False, True, True, False], [False] * 4 + [True]])):
+    plain, xla, auto = (
+      attention(q, k, v, valid=valid, implementation=name) for name in ("plain", "xla", "auto")
+    )
+    np.testing.assert_allclose(plain, xla, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(auto, plain)  # no GPU here
+  np.testing.assert_allclose(plain[1], np.broadcast_to(v[1, 4], (3, 2, 8)), rtol=1e-6)
+  with pytest.raises(ValueError, match="attention='flash' is unknown"):
+    attention(q, k, v, implementation="flash")
+
+
+@pytest.mark.parametrize("implementation", ["plain", "xla"])
+def test_softmax_of_bfloat16_is_in_float32(implementation):
+  """Logits near 60 in bfloat16 would be off by up to 1/8, and weights by a tenth."""
+  rng = np.random.default_rng(6)
+  q, k = (jnp.asarray(4 + rng.normal(size=(1, n, 1, 16)), jnp.bfloat16) for n in (4, 6))
+  v = jnp.eye(6, 16, dtype=jnp.bfloat16)[None, :, None]  # reads the weights out
+  found = attention(q, k, v, implementation=implementation)
+  assert found.dtype == jnp.bfloat16
+  logits = np.asarray(q, np.float64)[0, :, 0] @ np.asarray(k, np.float64)[0, :, 0].T / 4
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  # One rounding of the weight to eight bits, one of the output.
+  np.testing.assert_allclose(np.asarray(found, np.float64)[0, :, 0, :6], weights, rtol=2**-7)
+
+
+def test_bfloat16_products_on_float32_parameters():
+  images = np.random.default_rng(1).normal(size=(2, 6, 8, 3)).astype(np.float32)
+  encoder = ViT(patch=2, width=16, depth=2, heads=2)
+  half = encoder.clone(dtype=jnp.bfloat16)
+  params = jax.jit(encoder.init)(jax.random.key(0), images)["params"]
+  shapes = jax.eval_shape(half.init, jax.random.key(0), images)["params"]
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+  found = jax.jit(half.apply)({"params": params}, images)
+  full = jax.jit(encoder.apply)({"params": params}, images)
+  assert found.dtype == jnp.float32
+  error = np.abs(found - full).max() / np.std(full)
+  assert 1e-4 < error < 0.1  # eight bits of mantissa through two blocks, and used at all
+
+
+# --- initialisation -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init_name", ["normal", "xavier"])
+def test_initialisation(init_name):
+  model = ViT(patch=4, width=64, depth=1, heads=2, init_name=init_name, class_token=True)
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+  flat = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+  for path, leaf in flat.items():
+    if path.endswith("['bias']"):
+      assert not np.any(leaf), path
+    elif path.endswith("['scale']"):
+      assert np.all(leaf == 1), path
+    elif path.endswith("['kernel']"):
+      uniform = np.sqrt(6 / sum(leaf.shape))  # fan in and fan out of the whole matrix, q, k, v too
+      std = 0.02 if init_name == "normal" else uniform / np.sqrt(3)
+      np.testing.assert_allclose(np.std(leaf), std, rtol=0.05)  # of 3,000 draws and more
+      # Plain normal draws pass three deviations, which truncation at two would not.
+      assert (np.abs(leaf).max() > 3 * std) == (init_name == "normal")
+  np.testing.assert_allclose(np.std(flat["['class_token']"]), 0.02, rtol=0.3)  # of 64 draws

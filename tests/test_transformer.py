@@ -16,14 +16,19 @@ DEPTH = 2
 STACK = Transformer(width=16, depth=DEPTH, heads=2, mlp_width=24)
 
 
+def randomized(module, *inputs):
+  """Parameters all drawn, biases and scales too: the usual start would hide their mistakes."""
+  rng = np.random.default_rng(7)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+  return jax.tree.map(lambda s: rng.normal(size=s.shape, scale=0.3).astype(np.float32), shapes)
+
+
 @pytest.fixture(scope="module")
 def stack():
-  """(parameters, input [b n d], validity [b n]) of STACK; biases and scales are drawn too."""
+  """(parameters, input [b n d], validity [b n]) of STACK."""
   rng = np.random.default_rng(3)
   x = rng.normal(size=(2, 5, 16)).astype(np.float32)
-  shapes = jax.eval_shape(STACK.init, jax.random.key(0), x)["params"]
-  params = jax.tree.map(lambda s: rng.normal(size=s.shape, scale=0.3).astype(np.float32), shapes)
-  return params, x, np.asarray([[True] * 5, [True, True, False, True, False]])
+  return randomized(STACK, x), x, np.asarray([[True] * 5, [True, True, False, True, False]])
 
 
 def stacked(params):
@@ -49,9 +54,7 @@ def expected(stack):
   return gradients(STACK, *stack)
 
 
-@pytest.mark.parametrize(
-  "scan, remat", [(False, "full"), (False, "dots"), (True, "none"), (True, "dots")]
-)
+@pytest.mark.parametrize("scan, remat", [(False, "full"), (True, "none"), (True, "dots")])
 def test_scan_and_remat_change_nothing(stack, expected, scan, remat):
   params, x, valid = stack
   y, (grads, x_grad) = expected
@@ -84,7 +87,9 @@ def test_remat_stores_less(stack):
 
   def saved(remat: str) -> int:
     module = STACK.clone(remat=remat)
-    _, pull = jax.vjp(lambda p: module.apply({"params": p}, x, valid), params)
+    pull = jax.eval_shape(
+      lambda params: jax.vjp(lambda p: module.apply({"params": p}, x, valid), params)[1], params
+    )
     return sum(leaf.size for leaf in jax.tree.leaves(pull))
 
   assert saved("full") < saved("dots") < saved("none")
@@ -127,7 +132,7 @@ def test_bfloat16_products_on_float32_parameters():
   images = np.random.default_rng(1).normal(size=(2, 6, 8, 3)).astype(np.float32)
   encoder = ViT(patch=2, width=16, depth=2, heads=2)
   half = encoder.clone(dtype=jnp.bfloat16)
-  params = jax.jit(encoder.init)(jax.random.key(0), images)["params"]
+  params = randomized(encoder, images)
   shapes = jax.eval_shape(half.init, jax.random.key(0), images)["params"]
   assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
   found = jax.jit(half.apply)({"params": params}, images)

@@ -103,6 +103,6 @@ def _smoke(c):
   c.optim.warmup = "1 steps"
   c.checkpoint.every = "2 steps"
   c.log.every = "1 steps"
-  c.eval.update(every="2 steps", bank=64, queries=64, final_bank=64, final_queries=64)
-  c.eval.batch_size = 64
+  c.eval.update(every="2 steps", bank=32, queries=32, final_bank=32, final_queries=32)
+  c.eval.batch_size = 32
   return c

@@ -1,0 +1,172 @@
+"""Every config: by its shapes at full size, and for real in `:smoke`."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from jepax import config as config_lib
+from jepax import fit, optim, sharding
+from jepax.core import make_train_step
+from jepax.data.build import Data
+from jepax.experiment import Experiment, prepare
+
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+IMAGENET = 1_281_167
+
+# Millions of parameters, encoder and predictor. Source: counts of facebookresearch/ijepa's modules;
+# the paper has no tiny and small models and hence no predictors for them.
+PARAMETERS = {
+  "ijepa_vitti": (5.5, None),
+  "ijepa_vits": (21.6, None),
+  "ijepa_vitb": (85.6, 11.2),
+  "ijepa_vitl": (303.1, 22.1),
+  "ijepa_vith14": (630.4, 22.3),
+  "ijepa_vith16_448": (630.7, 22.3),
+  "ijepa_vitg16": (1011.1, 29.5),
+}
+
+
+def spec(name: str) -> str:
+  return str(FOLDER / f"{name}.py")
+
+
+@functools.cache
+def full_size(name: str) -> Experiment:
+  """The config, prepared for as many images as ImageNet has.
+
+  They have one pixel each: nothing reads them, and the model sees data.size all the same.
+  """
+  config = config_lib.load(spec(name))
+  c = config.data
+  blank = np.broadcast_to(np.zeros((), np.uint8), (IMAGENET, 1, 1, c.channels))
+  data = Data.from_arrays(blank, size=c.size, mean=c.mean, std=c.std)
+  return prepare(config, data=data)
+
+
+@pytest.fixture
+def one_quick_device(monkeypatch):
+  """One device, as on a laptop, and few of XLA's passes: compiling is most of a smoke run."""
+  one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+  monkeypatch.setattr(sharding, "make_mesh", one)
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def images(config, *, count: int) -> jax.ShapeDtypeStruct:
+  c = config.data
+  return jax.ShapeDtypeStruct((count, c.size, c.size, c.channels), np.uint8)
+
+
+def patches(config) -> int:
+  """Along a side."""
+  return config.data.size // config.method.encoder.patch
+
+
+def millions(params) -> float:
+  return round(sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, 1)
+
+
+def test_the_recipes_are_found():
+  assert set(PARAMETERS) | {"quickstart"} < set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_docstring_says_how_to_run(name):
+  doc = ast.get_docstring(ast.parse(Path(spec(name)).read_text()))
+  assert f"python -m jepax.main --config=configs/{name}.py" in doc
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_train_step_at_full_size(name):
+  experiment = full_size(name)
+  c, state = experiment.config, experiment.abstract_state
+  tx = optim.build(c.optim, steps=experiment.steps, warmup=1).tx
+  step = make_train_step(experiment.method, tx, accumulate=c.accumulate)
+  batch = {"image": images(c, count=c.batch_size)}
+  with jax.set_mesh(experiment.mesh):
+    new, metrics = jax.eval_shape(step, state, batch)
+  chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+  assert {(m.shape, m.dtype.name) for m in metrics.values()} == {((), "float32")}
+  for leaf in jax.tree.leaves((state.params, state.carry)):
+    assert leaf.dtype == np.float32  # whatever the precision of the matrix products
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_features_at_full_size(name):
+  experiment = full_size(name)
+  c, method, state = experiment.config, experiment.method, experiment.abstract_state
+  count, width = c.eval.batch_size, method.encoder.width
+  batch = {"image": images(c, count=count)}
+  for branch in method.branches:
+    encode = functools.partial(method.encode, branch=branch)
+    features = jax.eval_shape(encode, state.params, state.carry, batch)
+    assert features.tokens.shape == (count, patches(c) ** 2, width)
+    assert features.pooled.shape == (count, width)
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_parameters_are_those_of_the_reference(name):
+  encoder, predictor = PARAMETERS[name]
+  params = full_size(name).abstract_state.params
+  assert millions(params["encoder"]) == encoder
+  if predictor is not None:
+    assert millions(params["predictor"]) == predictor
+
+
+def test_recipe_of_the_released_vith14():
+  """The numbers of facebookresearch/ijepa's in1k_vith14_ep300.yaml, in steps."""
+  experiment = full_size("ijepa_vith14")
+  rate, decay = (experiment.schedules[f"schedule/{n}"] for n in ("learning_rate", "weight_decay"))
+  warmup, steps = 40 * 625, 300 * 625
+  assert experiment.steps == steps
+  # Update k uses step k + 1 of the schedule. The tolerance is float32's, of sums with 1e-3.
+  near = functools.partial(pytest.approx, abs=1e-9)
+  assert float(rate(0)) == near(2e-4 + 8e-4 / warmup)
+  assert float(rate(warmup - 1)) == near(1e-3)
+  assert float(rate(steps - 1)) == near(1e-6)
+  assert float(decay(0)) == pytest.approx(0.04, rel=1e-4)
+  assert float(decay(steps - 1)) == pytest.approx(0.4)
+  assert float(experiment.method.momentum(0)) == pytest.approx(0.996)
+  assert float(experiment.method.momentum(steps)) == 1.0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_smoke_trains_two_steps(name, tmp_path, one_quick_device):
+  config = config_lib.load(spec(name) + ":smoke", ["total=2 steps", "log.tensorboard=False"])
+  full = config_lib.load(spec(name))
+  assert patches(config) == patches(full)  # and so all that the masks do stays real
+  assert config.method.name == full.method.name
+
+  results = fit.run(config, tmp_path)
+  assert results["train"]["status"] == "finished"
+  assert results["train"]["steps"] == 2
+  assert np.isfinite(results["train"]["loss"])
+  assert json.loads((tmp_path / "results.json").read_text()) == results
+  assert "</html>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_config_imports_the_files_beside_it(tmp_path):
+  """Also where another folder has a helper of the same name."""
+  before = list(sys.path)
+  for folder, seed in (("a", 1), ("b", 2)):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "_shared.py").write_text(f"SEED = {seed}\n")
+    path = tmp_path / folder / "recipe.py"
+    path.write_text(
+      "from _shared import SEED\nfrom jepax.config import base\n\n\n"
+      "def get_config(arg=''):\n  c = base()\n  c.seed = SEED\n  return c\n"
+    )
+    assert config_lib.load(str(path)).seed == seed
+  assert sys.path == before
+  assert "_shared" not in sys.modules

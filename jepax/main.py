@@ -42,12 +42,15 @@ def main(argv: list[str]) -> None:
   # JAX and the rest load here, after the flags were found good.
   from jepax import fit
 
-  logging.set_verbosity(logging.WARNING)
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
   try:
     config = config_lib.load(CONFIG.value, [a.removeprefix(PREFIX) for a in argv[1:]])
     workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
     results = fit.run(config, workdir, command=command)
   except (ValueError, fit.Diverged) as error:
+    if flags.FLAGS.verbosity > 0:  # --verbosity=1: where it was found
+      raise
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   if results["train"]["status"] == "preempted":

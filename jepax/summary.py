@@ -103,7 +103,8 @@ def finish(
     alarms=results["alarms"],
     pictures=_pictures(experiment, state, probe, features[first], encoders[first]),
   )
-  report.write(workdir / "report.html", page)
+  if jax.process_index() == 0:
+    report.write(workdir / "report.html", page)
   return results
 
 

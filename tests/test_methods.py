@@ -21,9 +21,13 @@ from jepax.masks.tokens import Masks, TokenSet
 METHODS = sorted(tiny.METHODS)
 
 
-def train(experiment, steps: int) -> tuple[Any, list[float]]:
-  """Runs the jitted step from the initial state; returns the last state and the losses."""
+def train(experiment, steps: int, *, nudge: float = 0.0) -> tuple[Any, list[float]]:
+  """Runs the jitted step from the initial state; returns the last state and the losses.
+
+  nudge: relative change of all initial parameters.
+  """
   state, losses = experiment.initial_state(), []
+  state = state.replace(params=jax.tree.map(lambda p: p * (1 + nudge), state.params))
   for batch in tiny.batches(steps):
     placed = sharding.global_batch(batch, experiment.batch_sharding)
     state, metrics = experiment.train_step(state, placed)
@@ -59,28 +63,34 @@ def test_every_method_is_in_the_suite():
   assert config_lib.methods() == METHODS
 
 
-def test_loss_falls_on_one_batch(name):
-  experiment = tiny.experiment(name)
-  state, losses = experiment.initial_state(), []
-  for _ in range(30):
-    batch = sharding.global_batch(tiny.batches(1)[0], experiment.batch_sharding)
-    state, metrics = experiment.train_step(state, batch)
+def test_loss_falls_on_one_batch(name, start):
+  method, _, _, batch = start
+  tx = optax.adam(3e-3)
+  step = jax.jit(make_train_step(method, tx))
+  state = jax.jit(lambda key: init_state(method, tx, key, batch))(jax.random.key(0))
+  losses = []
+  for _ in range(40):
+    state, metrics = step(state, batch)
     losses.append(float(metrics["train/loss"]))
   # Masks and views differ from step to step, hence means of several.
-  assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+  assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
 
 @pytest.mark.parametrize("fsdp", [1, 8], ids=["data parallel", "fully sharded"])
 def test_eight_devices_equal_one(name, one_device, fsdp):
-  _, _, losses = one_device
+  one, _, losses = one_device
   experiment = tiny.experiment(name, fsdp=fsdp, devices=8)
   state, sharded = train(experiment, 10)
   if fsdp > 1:
     leaves = jax.tree.leaves(state.params)
     assert any(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in leaves)
-  # Float32 sums in another order: 5e-6 at the first step, more through ten steps of Adam, whose
-  # early updates are sign-like.
-  np.testing.assert_allclose(sharded, losses, rtol=2e-5)
+  # What float32 rounding does to ten steps of AdamW is measured: by how much the losses move on
+  # one device when all parameters change by half a unit in the last place, times a few, because
+  # sums in another order round at every step and not at the first alone.
+  _, nudged = train(one, 10, nudge=6e-8)
+  rounding = np.abs(np.array(nudged) / losses - 1).max()
+  assert rounding < 1e-4  # the yardstick itself is small
+  np.testing.assert_allclose(sharded, losses, rtol=max(1e-6, 10 * rounding))
 
 
 def test_one_trace(name):

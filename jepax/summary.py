@@ -140,7 +140,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _data_name(experiment: Experiment) -> str:
   data = experiment.config.data
-  return {"tfds": data.name, "folder": data.path}.get(data.source) or data.source
+  names = {"tfds": data.name, "folder": data.path, "embedded": "Fashion-MNIST (embedded subset)"}
+  return names[data.source]
 
 
 def _pictures(experiment, state, probe: Probe, features, encode) -> report.Pictures:

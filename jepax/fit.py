@@ -180,6 +180,7 @@ class Trainer:
       self.log(step, state, metrics, loader)
     stop = False
     if every["eval"] and step % every["eval"] == 0 and step < total:
+      jax.block_until_ready(metrics)  # the steps under way belong to training
       with self.timer.paused():
         branches = {branch: branch for branch in self.experiment.method.branches}
         found = self.run_probe(state, step, branches)
@@ -237,8 +238,12 @@ class Trainer:
 
   def save(self, step: int, state: TrainState, *, force: bool) -> None:
     """Saves where it is due, or when forced."""
+    every = self.experiment.every["checkpoint"]
+    if not force and (not every or step % every):
+      return
+    jax.block_until_ready(state.step)
     with self.timer.paused():
-      self.saved.save(step, state, meta=self.meta(), force=force)
+      self.saved.save(step, state, meta=self.meta(), force=True)
 
   def meta(self) -> dict[str, Any]:
     """What a checkpoint holds beside the state."""

@@ -14,6 +14,8 @@ from jepax.checkpoint import Checkpoints
 from jepax.experiment import prepare
 from jepax.metrics import read_history
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ENCODERS = {"target", "online", "random_init"}
 
 
@@ -99,7 +101,7 @@ def test_divergence_stops_with_the_last_good_parameters(tmp_path):
     ({"stop__metric": "knn/target", "eval__every": 0}, "eval.every"),
     ({"batch_size": 20}, r"batch_size=20 does not divide over 8 device\(s\).*\[16, 24\]"),
     ({"batch_size": 136}, "exceeds the 128 training images"),
-    ({"optim__warmup": "11 steps"}, "warmup is 11 steps but the run only 10"),
+    ({"optim__warmup": "11 steps"}, "is 11 steps but the run only 10"),
     ({"total": "0 steps"}, "no step at all"),
     ({"mesh__fsdp": 3}, "does not fit 8 device"),
     ({"method__encoder__patch": 3}, "patches that do"),

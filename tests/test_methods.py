@@ -18,6 +18,8 @@ from jepax import sharding
 from jepax.core import init_state, make_train_step
 from jepax.masks.tokens import Masks, TokenSet
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 METHODS = sorted(tiny.METHODS)
 
 

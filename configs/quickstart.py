@@ -29,7 +29,8 @@ def get_config(arg=""):
       variant="tiny", patch=4, width=128, depth=2, heads=4, mlp_width=512, activation="gelu_tanh"
     ),
     predictor=dict(width=64, depth=2, heads=2, activation="gelu_tanh"),
-    masks=dict(target_scale=(0.15, 0.24), min_keep=1, context_keep=16),  # targets of 6 to 12 patches
+    # Targets of 6 to 12 of the 49 patches.
+    masks=dict(target_scale=(0.15, 0.24), min_keep=1, context_keep=16),
     views=dict(),
     momentum=(0.998, 1.0),  # at 0.99, or at twice the learning rate, features shrink half-way
   )

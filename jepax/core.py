@@ -5,8 +5,7 @@ Read this file first. A method is a frozen dataclass with four pure functions (`
 
     batch -> method.loss -> gradients -> optax -> method.update (EMA, centers, queues) -> metrics
 
-The trainer never names a target, a mask or a teacher: what optax moves is `params`, all else
-that persists is `carry`, and only the method knows what lies in it.
+What optax moves is `params`, all else that persists is `carry`: only the method knows its content.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ class Features:
 class TrainState:
   """All that training persists; arrays only, so it shards, donates and saves as one tree.
 
-  step: i32[] updates tried; skipped: i32[2], (in a row, in all) updates skipped as non-finite;
-  key: u32[2], raw key data, constant through a run (randomness folds in the step).
+  step: i32[] updates tried; key: u32[2], raw, constant (randomness folds in the step);
+  skipped: i32[2], updates skipped as not finite, in a row and in all.
   """
 
   step: jax.Array
@@ -85,10 +84,7 @@ def sample_keys(key: jax.Array, batch: Batch, *, count: int) -> jax.Array:
   Args:
     key: the step's key for one purpose.
     batch: may carry `sample` i32[b], each row's index in the global batch.
-    count: b, used to number the rows when `sample` is absent.
-
-  Returns:
-    keys [b].
+    count: b, used to number the rows when `sample` is absent. Returns keys [b].
   """
   index = batch["sample"] if "sample" in batch else jnp.arange(count)
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
@@ -105,8 +101,7 @@ def init_state(
   """Builds the state of step 0. Traceable: run it under jit with out_shardings, or eval_shape.
 
   Args:
-    method: any Method.
-    tx: the optimizer, see `jepax.optim`.
+    method, tx: the method, and the optimizer (see `jepax.optim`).
     key: a typed PRNG key.
     batch: one batch; only shapes and dtypes matter.
   """
@@ -130,8 +125,7 @@ def make_train_step(
   An update whose loss or gradient is not finite changes nothing but the counters.
 
   Args:
-    method: any Method.
-    tx: the optimizer whose state `init_state` made.
+    method, tx: those that `init_state` was given.
     accumulate: micro-batches a step; gradients are averaged, `update` runs once.
 
   Raises:
@@ -159,7 +153,7 @@ def make_train_step(
     moved = (params, carry, opt_state)
     kept = (state.params, state.carry, state.opt_state)
     params, carry, opt_state = jax.tree.map(lambda m, k: jnp.where(finite, m, k), moved, kept)
-    bad = 1 - finite.astype(jnp.int32)
+    bad = (~finite).astype(jnp.int32)
     skipped = jnp.stack([(state.skipped[0] + 1) * bad, state.skipped[1] + bad])
     metrics = {
       **out.metrics,
@@ -184,7 +178,7 @@ def _gradients(value_and_grad, state, batch, key, accumulate):
     return loss, grads, out
 
   # Micro-batch j takes rows j, j + accumulate, ...: every device keeps the rows it holds.
-  micro = jax.tree.map(lambda x: _micro_batches(x, accumulate), batch)
+  micro = {k: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1) for k, x in batch.items()}
 
   def body(carry, rows):
     method_carry, total = carry
@@ -196,10 +190,6 @@ def _gradients(value_and_grad, state, batch, key, accumulate):
   (carry, total), metrics = jax.lax.scan(body, (state.carry, zeros), micro)
   loss, grads = jax.tree.map(lambda x: x / accumulate, total)
   return loss, grads, LossOut(carry, jax.tree.map(lambda x: x.mean(0), metrics))
-
-
-def _micro_batches(x: jax.Array, accumulate: int) -> jax.Array:
-  return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)  # [b ...] -> [a b/a ...]
 
 
 def _batch_size(batch: Batch) -> int:

@@ -188,8 +188,8 @@ def test_masks_depend_on_the_sample_not_on_its_place(sampler):
   ("settings", "message"),
   [
     ({"grid": (4, 4), "min_keep": 14}, r"4 of the 16 patches.*min_keep at most 12"),
-    ({"grid": (7, 7), "target_scale": (0.2, 0.8)}, r"42 of the 49 .*min_keep at most 7 or a smaller"),
-    ({"grid": (2, 2), "target_scale": (0.9, 1.0), "min_keep": 1}, r"4 of the 4 .*smaller target_sca"),
+    ({"grid": (7, 7), "target_scale": (0.2, 0.8)}, r"42 of the 49 .*min_keep at most 7 or"),
+    ({"grid": (2, 2), "target_scale": (0.9, 1.0), "min_keep": 1}, r"4 of the 4 .*smaller target"),
     ({"grid": (8, 8), "compat": "ijepa"}, r"have 9 patches.*min_keep=10; choose min_keep at mos"),
     ({"grid": (8, 8), "compat": "ijepa", "min_keep": 8}, r"up to 43 .* 49 .*min_keep at most 5"),
     ({"grid": (4, 4), "compat": "ijepa", "min_keep": 1}, r"have 1 patches.*larger target_scale"),

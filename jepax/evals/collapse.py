@@ -11,7 +11,6 @@ import numpy as np
 
 from jepax.evals import checks
 
-
 NUMBERS = ("feature_std", "rankme", "rankme_centred", "cosine")
 
 

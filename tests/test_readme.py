@@ -32,4 +32,6 @@ def test_paths_exist():
   paths = re.findall(r"`((?:jepax|configs|tests|docs)/[\w./-]+)`", TEXT)
   assert len(paths) > 15
   for path in paths:
+    if "NAME" in path:  # where the reader's own method goes
+      continue
     assert (ROOT / path).exists(), path

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import statistics
 import time
@@ -64,7 +65,7 @@ def main() -> None:
     print("".join(f"{value:>14}" for value in row.values()))
   hardware = {
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "machine": platform.machine(),
+    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     "jax": jax.__version__,
     "numpy": np.__version__,
   }

@@ -1,6 +1,6 @@
 """Methods on one data set at equal compute, seeds and all: trains, evaluates, writes one table.
 
-  python benchmarks/study.py --out=/tmp/study [--teraflops=15 --seeds=3 --split=test]
+  python benchmarks/study.py --out=runs/study [--teraflops=15 --seeds=3 --split=test]
 
 Every method gets the steps that the same number of floating-point operations buys, as XLA counts
 them in its compiled training step, on the encoder and the data of its config. Runs and evaluations

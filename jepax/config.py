@@ -51,7 +51,13 @@ def base() -> ConfigDict:
       clip=0.0,  # largest global norm of the gradient; 0 for none
     )
   )
-  config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all the devices that the other leaves
+  config.mesh = ConfigDict(
+    dict(
+      data=-1,  # -1: all the devices that the other leaves
+      fsdp=1,
+      cpu_devices=0,  # on CPU alone: devices its cores are shared among; 0 for a good number
+    )
+  )
   config.checkpoint = ConfigDict(dict(every="10%", keep=2))
   config.log = ConfigDict(dict(every="20 steps", tensorboard=True, wandb=""))  # wandb: project
   config.eval = ConfigDict(
@@ -183,7 +189,9 @@ def _hint(known: ConfigDict, key: str) -> Any:
   kind = known.get_type(key)
   if known[key] is None:  # a placeholder
     return kind | None
-  return {tuple: tuple[float, ...], str: str | int | float}.get(kind, kind)
+  if kind is tuple:
+    return tuple[float, ...]
+  return str | int | float if kind is str else kind
 
 
 def override(config: ConfigDict, assignment: str) -> None:

@@ -6,6 +6,7 @@ initialisation and the pixels themselves. Writes results.json and report.html.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shlex
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
+
+from jepax import cli
 
 RUN = flags.DEFINE_string("run", None, "Workdir of a run: its newest checkpoint is evaluated.")
 WEIGHTS = flags.DEFINE_string(
@@ -35,20 +38,6 @@ POSITIONS = flags.DEFINE_enum(
 )
 SIZE = flags.DEFINE_integer("size", None, "Image side for --weights, pixels; theirs by default.", 1)
 OUT = flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/evaluation by default.")
-PREFIX = "--data."
-
-
-def parse(argv: list[str]) -> list[str]:
-  """absl's flags without the --data.KEY=VALUE overrides, which stay in `argv[1:]`."""
-  overrides = [a for a in argv if a.startswith(PREFIX)]
-  left = app.parse_flags_with_usage([a for a in argv if not a.startswith(PREFIX)])
-  if len(left) > 1:
-    print(
-      f"error: unexpected argument {left[1]!r}; data settings read --data.KEY=VALUE",
-      file=sys.stderr,
-    )
-    sys.exit(2)
-  return [argv[0], *overrides]
 
 
 def main(argv: list[str]) -> None:
@@ -60,13 +49,8 @@ def main(argv: list[str]) -> None:
   if EVALS.value == ["help"]:
     print(describe())
     return
-  try:
-    results, out = run([a.removeprefix("--") for a in argv[1:]], command)
-  except (ValueError, FileNotFoundError) as error:
-    if flags.FLAGS.verbosity > 0:  # --verbosity=1: where it was found
-      raise
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  with cli.errors(ValueError, FileNotFoundError):
+    results, out = run(argv[1:], command)
   print(suite.table(results["protocols"]))
   print(f"\nreport: {out / 'report.html'}")
 
@@ -218,4 +202,4 @@ def _report(out: Path, results: Mapping[str, Any], pictures: Any, command: str, 
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse)
+  app.run(main, flags_parser=functools.partial(cli.parse, prefix="--data."))

@@ -74,7 +74,8 @@ class Experiment:
 
     def bind(encode):
       def images_to_features(images: np.ndarray) -> Features:
-        placed = jax.make_array_from_callback(images.shape, replicated, lambda at: images[at])
+        place = replicated if len(images) % self.mesh.size else self.batch_sharding
+        placed = jax.make_array_from_callback(images.shape, place, lambda at: images[at])
         return encode(state.params, state.carry, placed)
 
       return images_to_features

@@ -19,9 +19,10 @@ import numpy as np
 from PIL import Image
 
 from jepax.core import Features, Params
+from jepax.data.augment import check_normalisation, normalise
 from jepax.data.build import Data
 from jepax.data.decode import convert_channels
-from jepax.data.transforms import INTERPOLATIONS, CenterCrop
+from jepax.data.transforms import INTERPOLATIONS, CenterCrop, resize
 from jepax.models.vit import ViT, sincos2d
 from jepax.names import one_of
 
@@ -50,8 +51,7 @@ class Preprocess:
 
   def __post_init__(self):
     one_of(self.interpolation, INTERPOLATIONS, where="interpolation")
-    if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
-      raise ValueError(f"mean and std must have 1 or 3 channels, found {self.mean}, {self.std}")
+    check_normalisation(self.mean, self.std)
     if self.resize is not None and self.resize < max(self.size):
       raise ValueError(f"resize={self.resize} must be at least the size {self.size}")
 
@@ -76,24 +76,16 @@ class Preprocess:
     image = convert_channels(image[None], channels=len(self.mean))[0]
     height, width = image.shape[:2]
     if self.resize is None:
-      return self._resized(image, self.size)
+      return resize(image, self.size, interpolation=self.interpolation)
     short = min(height, width)
-    image = self._resized(image, (height * self.resize // short, width * self.resize // short))
+    size = (height * self.resize // short, width * self.resize // short)
+    image = resize(image, size, interpolation=self.interpolation)
     top, left = ((n - m) // 2 for n, m in zip(image.shape[:2], self.size, strict=True))
     return image[top : top + self.size[0], left : left + self.size[1]]
 
   def normalise(self, images: jax.Array) -> jax.Array:
     """On the device: u8[b h w c] -> f32[b h w c]."""
-    mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
-    return (images.astype(jnp.float32) / 255 - mean) / std
-
-  def _resized(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if image.shape[:2] == size:
-      return image
-    grey = image.shape[-1] == 1
-    pixels = Image.fromarray(np.ascontiguousarray(image[..., 0] if grey else image))
-    out = pixels.resize(size[::-1], INTERPOLATIONS[self.interpolation])
-    return np.asarray(out).reshape(*size, image.shape[-1])
+    return normalise(images, mean=self.mean, std=self.std)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

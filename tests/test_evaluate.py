@@ -200,8 +200,8 @@ def command():
   """
 
   def call(*arguments):
-    overrides = [a.removeprefix("--") for a in arguments if a.startswith(main.PREFIX)]
-    rest = (a.removeprefix("--") for a in arguments if not a.startswith(main.PREFIX))
+    overrides = [a.removeprefix("--") for a in arguments if a.startswith("--data.")]
+    rest = (a.removeprefix("--") for a in arguments if not a.startswith("--data."))
     with flagsaver.as_parsed(**dict(a.split("=", 1) for a in rest)):
       flags.FLAGS.mark_as_parsed()
       return main.run(overrides, "a command")

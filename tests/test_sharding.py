@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,3 +148,25 @@ def test_constrain_leaves_another_mesh_alone():
   other = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
   with jax.set_mesh(other):
     assert "sharding_constraint" not in constrained(jnp.ones((8, 3)))
+
+
+@pytest.mark.parametrize(
+  ("rows", "count", "cores", "expected"),
+  [(32, 0, 2, 2), (32, 0, 16, 4), (33, 0, 16, 3), (7, 0, 8, 1), (32, 5, 2, 5), (0, 0, 2, 1)],
+)
+def test_cores_become_devices(monkeypatch, rows, count, cores, expected):
+  """At least 8 rows a device, a number that divides the rows; a given count is taken as it is."""
+  set_to = {}
+  monkeypatch.setenv("XLA_FLAGS", "")
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+  monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
+  sharding.use_all_cores(rows=rows, count=count)
+  assert set_to == {"jax_num_cpu_devices": expected}
+
+
+def test_the_users_number_of_devices_is_kept(monkeypatch):
+  """XLA_FLAGS has a number already, as in these tests; a negative one is refused."""
+  monkeypatch.setattr(jax.config, "update", None)
+  sharding.use_all_cores(rows=32)
+  with pytest.raises(ValueError, match="cpu_devices=-1"):
+    sharding.use_all_cores(rows=32, count=-1)

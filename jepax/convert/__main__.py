@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from absl import app, flags, logging
+
+from jepax import cli
 
 TO = flags.DEFINE_enum(
   "to", "jepax", ["jepax", "hf"], "What OUT is: a jepax or Hugging Face folder."
@@ -26,8 +26,7 @@ def parse(argv: list[str]) -> list[str]:
   """absl's flags; what is left must be the source and the folder to write."""
   left = app.parse_flags_with_usage(argv)
   if len(left) != 3:
-    print(f"error: expected SOURCE and OUT, found {left[1:]}; usage: {__doc__}", file=sys.stderr)
-    sys.exit(2)
+    cli.fail(f"expected SOURCE and OUT, found {left[1:]}; usage: {__doc__}")
   return left
 
 
@@ -37,15 +36,10 @@ def main(argv: list[str]) -> None:
 
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.ERROR)
-  try:
+  with cli.errors(ValueError):
     weights = source.read(argv[1], heads=HEADS.value, drop=DROP.value)
     weights = weights.at(size=SIZE.value, positions=POSITIONS.value)
     source.write(weights, argv[2], to=TO.value, branch=BRANCH.value)
-  except ValueError as error:
-    if flags.FLAGS.verbosity > 0:  # --verbosity=1: where it was found
-      raise
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   written = [BRANCH.value] if BRANCH.value else list(weights.branches)
   kept = written[:1] if TO.value == "hf" else [*written, *([] if BRANCH.value else weights.parts)]
   print(f"{argv[2]}: {', '.join(kept)} of {weights.origin['format']} {weights.origin['path']}")

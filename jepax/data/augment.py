@@ -38,11 +38,7 @@ class Augment:
   blur_sigma: tuple[float, float] = (0.1, 2.0)
 
   def __post_init__(self):
-    if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
-      raise ValueError(
-        "mean and std must hold one number a channel (1 or 3), std above 0; found "
-        f"mean={self.mean}, std={self.std}"
-      )
+    check_normalisation(self.mean, self.std)
     for name in ("flip", "brightness", "contrast", "blur"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f"{name} must be from 0 to 1, found {getattr(self, name)}")
@@ -65,12 +61,13 @@ class Augment:
     """
     self._check(images)
     chex.assert_equal_shape_prefix([keys, images], 1)
-    return self._normalise(jax.vmap(self._one)(keys, images.astype(jnp.float32) / 255))
+    images = jax.vmap(self._one)(keys, images.astype(jnp.float32) / 255)
+    return _normalise(images, self.mean, self.std)
 
   def clean(self, images: jax.Array) -> jax.Array:
     """Only normalises: u8[b h w c] -> f32[b h w c]."""
     self._check(images)
-    return self._normalise(images.astype(jnp.float32) / 255)
+    return normalise(images, mean=self.mean, std=self.std)
 
   def _one(self, key: jax.Array, image: jax.Array) -> jax.Array:
     """One image, f32[h w c] in [0, 1]."""
@@ -110,9 +107,6 @@ class Augment:
     blurred = gaussian_blur(image, sigma)
     return jnp.where(jax.random.bernoulli(chosen, self.blur), blurred, image)
 
-  def _normalise(self, images: jax.Array) -> jax.Array:
-    return (images - jnp.array(self.mean)) / jnp.array(self.std)
-
   def _check(self, images: jax.Array) -> None:
     chex.assert_rank(images, 4)
     chex.assert_type(images, jnp.uint8)
@@ -120,6 +114,23 @@ class Augment:
       raise ValueError(
         f"images have {images.shape[-1]} channels, mean and std are given for {len(self.mean)}"
       )
+
+
+def check_normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+  """Raises ValueError unless there is one number a channel, 1 or 3, and no std of 0."""
+  if len(mean) not in (1, 3) or len(std) != len(mean) or min(std) <= 0:
+    raise ValueError(
+      f"mean and std must hold one number a channel (1 or 3), std above 0; found {mean}, {std}"
+    )
+
+
+def normalise(images: jax.Array, *, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+  """(images / 255 - mean) / std: u8[b h w c] -> f32[b h w c]."""
+  return _normalise(images.astype(jnp.float32) / 255, mean, std)
+
+
+def _normalise(images, mean, std):
+  return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def crop_resize(image: jax.Array, box: jax.Array, *, height: int, width: int) -> jax.Array:

@@ -17,6 +17,7 @@ from PIL import Image
 INTERPOLATIONS = {
   "bilinear": Image.Resampling.BILINEAR,
   "bicubic": Image.Resampling.BICUBIC,
+  "area": Image.Resampling.BOX,
 }
 
 
@@ -46,7 +47,7 @@ class RandomResizedCrop:
     top, left, height, width = self.box(*image.shape[:2], rng)
     # Cut before resizing: with resize(box=...) pixels outside the crop bleed into its border.
     crop = image[top : top + height, left : left + width]
-    return _resize(crop, self.size, (0, 0, width, height), self.interpolation)
+    return resize(crop, (self.size, self.size), interpolation=self.interpolation)
 
   def box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Draws a crop (top, left, height, width) of an image of this height and width, pixels."""
@@ -85,13 +86,30 @@ class CenterCrop:
     x, y = width / new_width, height / new_height
     left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
     box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
-    return _resize(image, self.size, box, self.interpolation)
+    return resize(image, (self.size, self.size), interpolation=self.interpolation, box=box)
 
 
-def _resize(
-  image: np.ndarray, size: int, box: tuple[float, float, float, float], interpolation: str
+def resize(
+  image: np.ndarray,
+  size: tuple[int, int],
+  *,
+  interpolation: str,
+  box: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
+  """Resizes by Pillow, with antialiasing.
+
+  Args:
+    image: u8[h w c], c 1 or 3.
+    size: (height, width) of the result, pixels.
+    interpolation: a key of INTERPOLATIONS.
+    box: (left, top, right, bottom), the part of the image that is resized; all by default.
+
+  Returns:
+    u8[*size c].
+  """
+  if image.shape[:2] == size and box is None:
+    return image
   grey = image.shape[-1] == 1
   pixels = Image.fromarray(np.ascontiguousarray(image[..., 0] if grey else image))
-  out = pixels.resize((size, size), INTERPOLATIONS[interpolation], box=box)
-  return np.asarray(out).reshape(size, size, image.shape[-1])
+  out = pixels.resize(size[::-1], INTERPOLATIONS[interpolation], box=box)
+  return np.asarray(out).reshape(*size, image.shape[-1])

@@ -126,19 +126,6 @@ def train(
   return _train(weight, tokens, maps, order, rate, loss=loss, optimizer=optimizer)
 
 
-def batches(function: Callable[[jax.Array], jax.Array], x: Array, *, batch_size: int) -> np.ndarray:
-  """function(x) over the first axis in batches of one shape; the last is padded, then cut."""
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-  size = min(batch_size, len(x))
-  out = []
-  for start in range(0, len(x), size):
-    rows = np.asarray(x[start : start + size], np.float32)
-    padded = np.pad(rows, [(0, size - len(rows)), (0, 0), (0, 0)])
-    out.append(np.asarray(function(padded))[: len(rows)])
-  return np.concatenate(out)
-
-
 def _order(rng: np.random.Generator, count: int, *, steps: int, batch_size: int) -> np.ndarray:
   """Rows of each batch, i32[steps b]: every epoch a permutation, its incomplete batch left out."""
   a_pass = count // batch_size

@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from jepax.evals import dense
+from jepax.evals.batches import in_batches
 
 Array = jax.Array | np.ndarray
 UPSAMPLE = 4  # of the grid of bins, before depths are taken
@@ -116,7 +117,7 @@ def predict(
   def depths(part):
     return _depths(head, part, size=tuple(size))
 
-  return dense.batches(depths, tokens, batch_size=batch_size)
+  return in_batches(depths, tokens, batch_size=min(batch_size, len(tokens)))
 
 
 def score(head: Head, tokens: Array, maps: Array, *, batch_size: int = 16) -> dict[str, float]:

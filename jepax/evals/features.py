@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from PIL import Image
 
 from jepax.core import Features
+from jepax.data.transforms import resize
+from jepax.evals.batches import in_batches
 
 PIXELS_SIDE = 32
 Encode = Callable[[np.ndarray], Features]  # images u8[b h w c] -> Features, jitted
@@ -46,34 +47,21 @@ def pixels(images: np.ndarray) -> np.ndarray:
   Returns:
     f32[n h*w*c] in [0, 1], h and w at most PIXELS_SIDE.
   """
-  _check(images, 1)
+  _check(images)
   size = tuple(min(side, PIXELS_SIDE) for side in images.shape[1:3])
   if images.shape[1:3] != size:
-    images = np.stack([_shrunk(image, size) for image in images])
+    images = np.stack([resize(image, size, interpolation="area") for image in images])
   return images.reshape(len(images), -1).astype(np.float32) / 255
 
 
-def _shrunk(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-  shrunk = picture.resize(size[::-1], Image.Resampling.BOX)
-  return np.asarray(shrunk).reshape(*size, image.shape[-1])
-
-
 def _encode(encode, images, batch_size, part: Callable[[Features], jax.Array]) -> np.ndarray:
-  _check(images, batch_size)
-  out = []
-  for start in range(0, len(images), batch_size):
-    batch = images[start : start + batch_size]
-    padding = batch_size - len(batch)
-    padded = np.pad(batch, [(0, padding), (0, 0), (0, 0), (0, 0)])
-    out.append(np.asarray(part(encode(padded)), np.float32)[: len(batch)])
-  return np.concatenate(out)
+  _check(images)
+  found = in_batches(lambda x: part(encode(x)), images, batch_size=batch_size)
+  return found.astype(np.float32)
 
 
-def _check(images: np.ndarray, batch_size: int) -> None:
+def _check(images: np.ndarray) -> None:
   if images.ndim != 4 or len(images) == 0:
     raise ValueError(f"images must be a non-empty u8[n h w c], found shape {images.shape}")
   if images.dtype != np.uint8:
     raise ValueError(f"images must be uint8 in 0..255, found {images.dtype}")
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1, found {batch_size}")

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jepax.core import LossOut, TrainState, make_train_step, sample_keys
 from jepax.data.augment import Augment
 from jepax.evals import checks
+from jepax.evals.batches import in_batches
 from jepax.evals.mixing import Mixing
 from jepax.models.transformer import layer_norm
 from jepax.models.vit import ViT
@@ -229,12 +230,8 @@ def predict(tuned: FineTuned, images: np.ndarray, *, batch_size: int) -> np.ndar
     i32[n].
   """
   _check_images(tuned.preprocess, images)
-  out = []
-  for start in range(0, len(images), batch_size):
-    batch = images[start : start + batch_size]
-    padded = np.pad(batch, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
-    out.append(_predict((tuned.model, tuned.preprocess), tuned.params, padded)[: len(batch)])
-  return np.concatenate(jax.device_get(out))
+  classify = functools.partial(_predict, (tuned.model, tuned.preprocess), tuned.params)
+  return in_batches(classify, images, batch_size=batch_size)
 
 
 def accuracy(tuned: FineTuned, images: np.ndarray, labels: np.ndarray, *, batch_size: int) -> float:

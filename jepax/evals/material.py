@@ -16,6 +16,7 @@ import numpy as np
 from jepax.data.loader import balanced_order, read, stack
 from jepax.data.sources import Source
 from jepax.evals import splits
+from jepax.evals.batches import in_batches
 from jepax.evals.features import pixels
 from jepax.models.vit import patchify
 from jepax.pretrained import Encoder
@@ -110,10 +111,9 @@ def _features(encoders, images, kinds, batch_size):
 
 
 def _encode(encoder, images, kinds, batch_size) -> dict[str, np.ndarray]:
-  """Kinds of features of at most `batch_size` images, padded so that one shape compiles."""
-  padded = np.pad(images, [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)])
-  found = encoder.kinds(padded, kinds).items()
-  return {kind: np.asarray(values, np.float32)[: len(images)] for kind, values in found}
+  """Kinds of features of images of the encoder's size."""
+  found = in_batches(lambda x: encoder.kinds(x, kinds), images, batch_size=batch_size)
+  return {kind: values.astype(np.float32) for kind, values in found.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -197,11 +197,7 @@ class Material:
 
   def encode(self, images: np.ndarray, *, kind: str) -> np.ndarray:
     """Features f32[n ...] of other images of the encoder's size, u8[n h w c]."""
-    starts = range(0, len(images), self.batch_size)
-    chunks = (images[i : i + self.batch_size] for i in starts)
-    return np.concatenate(
-      [_encode(self.encoder, c, (kind,), self.batch_size)[kind] for c in chunks]
-    )
+    return _encode(self.encoder, images, (kind,), self.batch_size)[kind]
 
   def has(self, kind: str) -> bool:
     """Whether the subject has this kind of features."""

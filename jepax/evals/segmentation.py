@@ -13,6 +13,7 @@ import optax
 from flax import struct
 
 from jepax.evals import dense
+from jepax.evals.batches import in_batches
 
 Array = jax.Array | np.ndarray
 
@@ -101,7 +102,7 @@ def predict(
   def classes(part):
     return _classes(head, part, size=tuple(size))
 
-  return dense.batches(classes, tokens, batch_size=batch_size)
+  return in_batches(classes, tokens, batch_size=min(batch_size, len(tokens)))
 
 
 def score(

@@ -1,0 +1,40 @@
+"""What the command lines share: overrides among flags, and errors as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from absl import app, flags
+
+
+def parse(argv: list[str], *, prefix: str) -> list[str]:
+  """absl's flags; overrides such as --config.KEY=VALUE stay in `argv[1:]`, without their dashes.
+
+  Args:
+    argv: of the program.
+    prefix: what overrides begin with: '--config.'.
+  """
+  overrides = [a for a in argv if a.startswith(prefix)]
+  left = app.parse_flags_with_usage([a for a in argv if not a.startswith(prefix)])
+  if len(left) > 1:
+    fail(f"unexpected argument {left[1]!r}; settings read {prefix}KEY=VALUE")
+  return [argv[0], *(a.removeprefix("--") for a in overrides)]
+
+
+def fail(message: object) -> None:
+  """Prints one line and exits with 2."""
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(2)
+
+
+@contextlib.contextmanager
+def errors(*kinds: type[Exception]) -> Iterator[None]:
+  """Ends the program with one line on these errors; --verbosity=1 shows where they were found."""
+  try:
+    yield
+  except kinds as error:
+    if flags.FLAGS.verbosity > 0:
+      raise
+    fail(error)

@@ -283,6 +283,26 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   return dict(walk(json.loads(json.dumps(config)), ()))
 
 
+def check_workdir(
+  workdir: epath.PathLike, config: Mapping[str, Any], *, ignore: tuple[str, ...] = ()
+) -> None:
+  """Raises where `guard` would refuse the directory; writes nothing. Arguments as there."""
+  path = epath.Path(workdir).expanduser()
+  target = path / "config.json"
+  if target.exists():
+    different = diff(_read_config(target), config, ignore=ignore)
+    if different:
+      raise ValueError(
+        f"{path} holds a run with another config:\n  {_some(different)}\n"
+        "Start this one in another --workdir, or go on with the config in config.json."
+      )
+  elif path.exists() and any(entry.name != _temporary(target).name for entry in path.iterdir()):
+    raise ValueError(
+      f"{path} is not empty and holds no jepax run (no config.json). Give an empty or a new "
+      "directory as --workdir."
+    )
+
+
 def guard(
   workdir: epath.PathLike, config: Mapping[str, Any], *, ignore: tuple[str, ...] = ()
 ) -> None:
@@ -297,24 +317,18 @@ def guard(
     ValueError: another run lies there (names the keys that differ), or files of no run at all.
     OSError: it is a file, or can't be written.
   """
+  check_workdir(workdir, config, ignore=ignore)
   path = epath.Path(workdir).expanduser()
-  target, temporary = path / "config.json", path / ".config.json.tmp"
-  if target.exists():
-    different = diff(_read_config(target), config, ignore=ignore)
-    if different:
-      raise ValueError(
-        f"{path} holds a run with another config:\n  {_some(different)}\n"
-        "Start this one in another --workdir, or go on with the config in config.json."
-      )
-  elif path.exists() and any(entry.name != temporary.name for entry in path.iterdir()):
-    raise ValueError(
-      f"{path} is not empty and holds no jepax run (no config.json). Give an empty or a new "
-      "directory as --workdir."
-    )
+  target = path / "config.json"
+  temporary = _temporary(target)
   if jax.process_index() == 0:
     path.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(config, indent=2) + "\n")
     temporary.replace(target)
+
+
+def _temporary(target: epath.Path) -> epath.Path:
+  return target.with_name(f".{target.name}.tmp")
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:

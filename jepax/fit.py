@@ -23,7 +23,7 @@ from jepax.data.build import Data
 from jepax.data.loader import Loader
 from jepax.evals.online import Probe, flatten
 from jepax.experiment import Experiment, prepare
-from jepax.lock import lock
+from jepax.lock import local_path, lock
 from jepax.metrics import SHOWN, Progress, Shown, StepTimer, Writer, check_wandb
 from jepax.pretrained import Preprocess
 from jepax.versions import code_version
@@ -76,15 +76,12 @@ def run(
     ValueError: a setting that can't work, or a workdir that holds something else or is in use.
     Diverged: config.max_skipped updates in a row were not finite.
   """
-  workdir = Path(workdir).expanduser().absolute()
+  workdir = local_path(workdir)
   experiment = prepare(config, data=data)
   probe = summary.make_probe(experiment, final=False)
   check_stop(experiment, probe)
   check_wandb(config.log.wandb)
-  identity = config.to_dict()
-  if experiment.data.given:  # the config does not say which images these are
-    identity["given_data"] = experiment.data.fingerprint()
-  guard(workdir, identity, ignore=FREE_KEYS)
+  guard(workdir, identity(experiment), ignore=FREE_KEYS)
   with contextlib.ExitStack() as stack:
     stack.enter_context(lock(workdir))
     every = experiment.every["checkpoint"] or experiment.steps
@@ -106,6 +103,14 @@ def run(
   return summary.finish(
     experiment, state, workdir, status=status, seconds=memory.seconds, command=command
   )
+
+
+def identity(experiment: Experiment) -> dict[str, Any]:
+  """What makes a run this run and no other, but for FREE_KEYS: what its workdir is claimed by."""
+  found = experiment.config.to_dict()
+  if experiment.data.given:  # the config does not say which images these are
+    found["given_data"] = experiment.data.fingerprint()
+  return found
 
 
 def check_stop(experiment: Experiment, probe: Probe) -> None:

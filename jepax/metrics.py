@@ -127,15 +127,26 @@ def read_history(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
 def _cut(path: epath.Path, start_step: int) -> None:
   """Keeps the rows up to start_step. A run from step 0 writes its step 0 again: keeps none."""
-  rows = read_history(path.parent) if path.exists() and start_step > 0 else []
-  if start_step > 0 and not rows:  # a run writes its first row before its first step
-    raise ValueError(
-      f"{path} holds no metrics though the run is at step {start_step}: put the file back, or "
-      "start in another --workdir"
-    )
+  rows = history_until(path.parent, start_step)
   temporary = path.with_name(f".{_FILE}.tmp")
-  temporary.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] <= start_step))
+  temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
   temporary.replace(path)
+
+
+def history_until(workdir: epath.PathLike, step: int) -> list[dict[str, Any]]:
+  """The rows up to a step that a run goes on from; none at step 0.
+
+  Raises:
+    ValueError: there are none though there have been steps.
+  """
+  path = epath.Path(workdir).expanduser() / _FILE
+  rows = read_history(workdir) if path.exists() and step > 0 else []
+  if step > 0 and not rows:  # a run writes its first row before its first step
+    raise ValueError(
+      f"{path} holds no metrics though the run is at step {step}: put the file back, or start in "
+      "another --workdir"
+    )
+  return [row for row in rows if row["step"] <= step]
 
 
 class _TensorBoard:

@@ -36,11 +36,15 @@ def use_all_cores(*, rows: int, count: int = 0) -> None:
     raise ValueError(f"mesh.cpu_devices={count} must be 0, for a good number, or above")
   if jax.config.jax_num_cpu_devices != -1 or "device_count" in os.environ.get("XLA_FLAGS", ""):
     return
-  affinity = getattr(os, "sched_getaffinity", None)  # which macOS lacks
-  cores = len(affinity(0)) if affinity else os.cpu_count()
-  most = min(cores, max(1, rows // 8))
+  most = min(cores(), max(1, rows // 8))
   best = max(n for n in range(1, most + 1) if rows % n == 0)
   jax.config.update("jax_num_cpu_devices", count or best)
+
+
+def cores() -> int:
+  """CPU cores this process may use."""
+  affinity = getattr(os, "sched_getaffinity", None)  # which macOS lacks
+  return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, devices: list | None = None) -> Mesh:

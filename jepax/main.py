@@ -21,13 +21,16 @@ CONFIG = flags.DEFINE_string(
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where the run lies; runs/NAME of the config by default. Resumes what is there."
 )
+DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Check all, take two steps, print the plan of time and memory, write nothing."
+)
 
 
 def main(argv: list[str]) -> None:
   """Loads the config, then trains, resumes or refuses."""
   command = shlex.join(["python", "-m", "jepax.main", *sys.argv[1:]])
   # JAX and the rest load here, after the flags were found good.
-  from jepax import fit, sharding
+  from jepax import fit, preflight, sharding
 
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
@@ -37,6 +40,8 @@ def main(argv: list[str]) -> None:
       rows = config.batch_size // max(1, config.accumulate)
       sharding.use_all_cores(rows=rows, count=config.mesh.cpu_devices)
       workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
+      if DRY_RUN.value:
+        return preflight.show(preflight.run(config, workdir))
       results = fit.run(config, workdir, command=command)
   except KeyboardInterrupt:  # in training a signal saves first; this is before or after it
     print(f"interrupted; to go on:\n  {command}", file=sys.stderr)

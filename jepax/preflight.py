@@ -237,7 +237,8 @@ def take_steps(
     fit.Diverged: an update was not finite.
     ValueError: the parameters, an encoder or the optimizer stayed as they were.
   """
-  before = _fingerprints(experiment, state)
+  fingerprints = _fingerprints(experiment)
+  before = jax.device_get(fingerprints(state))
   for _ in range(2):
     begin = time.perf_counter()
     with _fits():
@@ -249,7 +250,7 @@ def take_steps(
         f"the gradient {float(metrics['train/grad_norm']):.4g}. Check data.mean and data.std, "
         "lower optim.lr, or use precision='float32'."
       )
-  after = _fingerprints(experiment, state)
+  after = jax.device_get(fingerprints(state))
   moved = {name: (int((old != after[name]).sum()), old.size) for name, old in before.items()}
   still = [name for name, (count, _) in moved.items() if not count]
   if still:
@@ -260,8 +261,8 @@ def take_steps(
   return state, metrics, seconds, moved
 
 
-def _fingerprints(experiment: Experiment, state: TrainState) -> dict[str, np.ndarray]:
-  """For each part of a state a number a leaf, u32, which no change but an unlikely one keeps.
+def _fingerprints(experiment: Experiment) -> Callable[[TrainState], dict[str, jax.Array]]:
+  """Jitted: a number for each leaf, u32, in each part of a state; a leaf that changes changes it.
 
   The steps are donated the state they start from: to keep a copy would need its memory again.
   """
@@ -279,8 +280,7 @@ def _fingerprints(experiment: Experiment, state: TrainState) -> dict[str, np.nda
     trees = {"parameters": state.params, **encoders, "optimizer": state.opt_state}
     return {name: jnp.stack(list(map(bits, _floats(tree)))) for name, tree in trees.items()}
 
-  replicated = sharding.replicated(experiment.mesh)
-  return jax.device_get(jax.jit(parts, out_shardings=replicated)(state))
+  return jax.jit(parts, out_shardings=sharding.replicated(experiment.mesh))
 
 
 def _floats(tree: Any) -> list[jax.Array]:

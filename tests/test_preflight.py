@@ -1,9 +1,11 @@
-"""A dry run: what it finds is what the run would do, its faults are the run's, it writes nothing."""
+"""A dry run finds what the run would do and fails as it would; it writes nothing."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import pytest
 import tiny
 
 from jepax import fit, preflight
-from jepax.data.build import Data
+from jepax.checkpoint import Checkpoints, guard
+from jepax.experiment import prepare
 from jepax.lock import lock
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -32,41 +35,38 @@ def snapshot(folder: Path) -> dict[Path, tuple]:
   return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
+def save(experiment, workdir: Path, *, step: int) -> None:
+  """Leaves what a run leaves that was stopped at a step."""
+  state = experiment.initial_state().replace(step=jax.numpy.int32(step))
+  guard(workdir, fit.identity(experiment), ignore=fit.FREE_KEYS)
+  with lock(workdir), Checkpoints(workdir / "checkpoints", every=1, keep=1) as saved:
+    memory = dataclasses.asdict(fit.Memory(position=step))
+    saved.save(step, state, meta={"memory": memory}, force=True)
+  (workdir / "metrics.jsonl").write_text(json.dumps({"step": step}) + "\n")
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> preflight.Findings:
-  """Of a new run."""
-  workdir = tmp_path_factory.mktemp("new") / "runs" / "work"
+  """Of a run that was stopped at step 5 of 10."""
+  workdir = tmp_path_factory.mktemp("found")
+  save(prepare(config(), data=tiny.data()), workdir, step=5)
+  before = snapshot(workdir)
   findings = preflight.run(config(), workdir, data=tiny.data())
-  assert not workdir.parent.exists()
+  assert snapshot(workdir) == before
   return findings
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-  """The workdir of a run of ten steps, saved at 5 and 10."""
-  workdir = tmp_path_factory.mktemp("finished") / "work"
-  fit.run(config(eval__every=0, eval__final_bank=2, eval__final_queries=2), workdir, data=few())
-  return workdir
-
-
 @pytest.fixture
-def stopped(finished, tmp_path) -> Path:
-  """The same run before its last checkpoint."""
-  workdir = tmp_path / "work"
-  shutil.copytree(finished, workdir)
-  shutil.rmtree(workdir / "checkpoints" / "10")
-  return workdir
+def stopped(found, tmp_path) -> Path:
+  """A copy of its workdir."""
+  shutil.copytree(found.workdir, tmp_path / "work")
+  return tmp_path / "work"
 
 
-def few() -> Data:
-  """The tiny data without labels, which final probes would need time for."""
-  return Data.from_arrays(tiny.images(128), None, tiny.images(64, seed=1))
-
-
-def test_a_new_run(found):
+def test_what_is_found(found):
   state = found.experiment.initial_state()
   leaves = jax.tree.leaves(state)
-  assert found.position == 0
+  assert found.position == 5
   assert found.parameters == sum(x.size for x in jax.tree.leaves(state.params))
   assert found.checkpoint_bytes == sum(x.nbytes for x in leaves)
   parts = {"parameters": state.params, "carry": state.carry, "optimizer": state.opt_state}
@@ -118,8 +118,8 @@ def test_the_table(found, capsys):
   assert "a device has 16 GB" in rows["memory"]
   assert "0.5 s, 32 images/s" in rows["step"]
   assert "150% of a step (training would wait)" in rows["input"]
-  assert "a new run" in rows["workdir"]
-  assert "7.5 seconds" in rows["estimate"]
+  assert "goes on from step 5" in rows["workdir"]
+  assert "3.8 seconds" in rows["estimate"]
   assert "nothing was written" in lines[-1]
 
 
@@ -130,28 +130,20 @@ def test_the_batch_is_the_run_s(found):
   assert batch["image"].sharding == found.experiment.batch_sharding
 
 
-def test_a_method_without_target(tmp_path):
-  found = preflight.run(config("mae"), tmp_path, data=tiny.data())
-  branch = found.experiment.method.branches[0]
-  assert found.moved.keys() == {"parameters", f"{branch} encoder", "optimizer"}
-  assert not any(tmp_path.iterdir())
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_every_method_is_watched(method):
+  experiment = tiny.experiment(method)
+  watched = jax.eval_shape(preflight._fingerprints(experiment), experiment.abstract_state)
+  encoders = {f"{branch} encoder" for branch in experiment.method.branches}
+  assert watched.keys() == encoders | {"parameters", "optimizer"}
+  assert watched["parameters"].shape == (len(jax.tree.leaves(experiment.abstract_state.params)),)
 
 
-def test_a_run_that_goes_on(stopped, capsys):
-  before = snapshot(stopped)
-  found = preflight.run(config(eval__every=0), stopped, data=few())
-  assert snapshot(stopped) == before
-  assert found.position == 5
-  preflight.show(found)
-  assert "goes on from step 5" in capsys.readouterr().out
-
-
-def test_a_run_that_is_finished(finished, capsys):
-  before = snapshot(finished)
-  found = preflight.run(config(eval__every=0), finished, data=few())
-  assert snapshot(finished) == before
-  assert found.position == 10 and found.train_seconds == 0
-  preflight.show(found)
+def test_a_run_that_is_finished(found, tmp_path, capsys):
+  save(found.experiment, tmp_path, step=10)
+  state, position = preflight.restore(found.experiment, tmp_path)
+  assert position == 10 and state.step == 0  # its last step has no rate left to move anything
+  preflight.show(dataclasses.replace(found, position=10))
   assert "finished at step 10" in capsys.readouterr().out
 
 
@@ -205,11 +197,11 @@ FAULTS = (
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_faults_are_the_run_s(stopped, fault):
-  faulty = config(**({"eval__every": 0} | fault(stopped)))
+  faulty = config(**fault(stopped))
   with pytest.raises((ValueError, OSError)) as dry:
-    preflight.run(faulty, stopped, data=few())
+    preflight.run(faulty, stopped, data=tiny.data())
   with pytest.raises((ValueError, OSError)) as real:
-    fit.run(faulty, stopped, data=few())
+    fit.run(faulty, stopped, data=tiny.data())
   assert type(dry.value) is type(real.value) and str(dry.value) == str(real.value)
 
 
@@ -224,7 +216,7 @@ def test_a_url_is_no_workdir(tmp_path, monkeypatch, start, url):
 
 def test_a_workdir_in_use(stopped):
   with lock(stopped), pytest.raises(ValueError, match="another process trains"):
-    preflight.run(config(eval__every=0), stopped, data=few())
+    preflight.run(config(), stopped, data=tiny.data())
 
 
 def test_a_disk_that_is_full_or_closed(found, tmp_path, monkeypatch):
@@ -239,30 +231,31 @@ def test_a_disk_that_is_full_or_closed(found, tmp_path, monkeypatch):
     preflight.look_at(experiment, workdir, 999)
 
 
-def test_a_loss_that_is_not_finite(tmp_path):
-  data = Data.from_arrays(tiny.images(128), None, tiny.images(64), std=(1e-40,))
-  with pytest.raises(fit.Diverged, match=r"update 1 is not finite: loss nan.*data\.std"):
-    preflight.run(config(), tmp_path / "work", data=data)
+@pytest.mark.parametrize("bad", ["nothing moves", "the parameters alone", "not finite"])
+def test_steps_that_go_wrong(found, bad):
+  def step(state, batch):
+    params = state.params
+    if bad == "the parameters alone":
+      params = jax.tree.map(lambda x: x + 1, params)
+    skipped = float(bad == "not finite")
+    names = ("train/skipped_in_a_row", "train/loss", "train/grad_norm")
+    return state.replace(step=state.step + 1, params=params), dict.fromkeys(names, skipped)
 
-
-@pytest.mark.parametrize(
-  ("overrides", "still"),
-  [
-    ({"optim__lr": 0.0, "optim__final_lr": 0.0}, "online encoder, parameters, target encoder"),
-    ({"method__momentum": (1.0, 1.0)}, "target encoder"),
-  ],
-)
-def test_what_does_not_learn_is_named(tmp_path, overrides, still):
-  with pytest.raises(ValueError, match=rf"changed nothing in: {still}\. Check"):
-    preflight.run(config(**overrides), tmp_path / "work", data=tiny.data())
+  state = found.experiment.initial_state()
+  message = {
+    "nothing moves": "nothing in: online encoder, optimizer, parameters, target encoder. Check",
+    "the parameters alone": "nothing in: optimizer, target encoder. Check",
+    "not finite": "update 1 is not finite: loss 1, norm of the gradient 1. Check data.mean",
+  }[bad]
+  error = fit.Diverged if bad == "not finite" else ValueError
+  with pytest.raises(error, match=re.escape(message)):
+    preflight.take_steps(found.experiment, step, state, {})
 
 
 def test_a_step_that_does_not_fit():
-  with pytest.raises(
-    ValueError, match=r"does not fit the device: RESOURCE_EXHAUSTED: .*mesh\.fsdp"
-  ):
-    with preflight._fits():
-      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\n allocating 9G")
+  message = r"does not fit the device: RESOURCE_EXHAUSTED: .*mesh\.fsdp"
+  with pytest.raises(ValueError, match=message), preflight._fits():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\n allocating 9G")
   with pytest.raises(jax.errors.JaxRuntimeError), preflight._fits():
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
@@ -279,5 +272,6 @@ def test_command_line(tmp_path):
     timeout=300,
   )
   assert done.returncode == 0, done.stderr
-  assert "4 steps of 16 images" in done.stdout and "nothing was written" in done.stdout
+  for text in ("4 steps of 16 images", "a new run", "nothing was written"):
+    assert text in done.stdout
   assert not any(tmp_path.iterdir())

@@ -152,8 +152,8 @@ def look_at(experiment: Experiment, workdir: Path, checkpoint_bytes: int) -> int
     OSError: it can't be made or written, or not one checkpoint fits.
   """
   check_workdir(workdir, fit.identity(experiment), ignore=fit.FREE_KEYS)
-  if (workdir / ".lock").exists():
-    with lock(workdir):
+  if jax.process_index() == 0 and (workdir / ".lock").exists():
+    with lock(workdir):  # free, so nobody trains there
       pass
   existing = next(path for path in (workdir, *workdir.parents) if path.exists())
   if not existing.is_dir():

@@ -156,13 +156,6 @@ def no_metrics(workdir: Path) -> dict:
   return {}
 
 
-def a_damaged_checkpoint(workdir: Path) -> dict:
-  for path in (workdir / "checkpoints" / "5" / "state").rglob("*"):
-    if path.is_file() and path.name not in ("_METADATA", "_CHECKPOINT_METADATA"):
-      path.unlink()
-  return {}
-
-
 def files_of_something_else(workdir: Path) -> dict:
   (workdir / "config.json").unlink()
   return {}
@@ -187,7 +180,6 @@ def a_batch_that_does_not_divide(workdir: Path) -> dict:
 FAULTS = (
   another_run,
   no_metrics,
-  a_damaged_checkpoint,
   files_of_something_else,
   a_file,
   below_a_file,

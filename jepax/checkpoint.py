@@ -286,7 +286,7 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 def guard(
   workdir: epath.PathLike, config: Mapping[str, Any], *, ignore: tuple[str, ...] = ()
 ) -> None:
-  """Claims a directory for one run by writing config.json, or refuses.
+  """Claims a directory for one run by writing config.json, or refuses; for process 0 alone.
 
   Args:
     workdir: absent, empty, or holding the same run.
@@ -311,10 +311,9 @@ def guard(
       f"{path} is not empty and holds no jepax run (no config.json). Give an empty or a new "
       "directory as --workdir."
     )
-  if jax.process_index() == 0:
-    path.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
-    temporary.replace(target)
+  path.mkdir(parents=True, exist_ok=True)
+  temporary.write_text(json.dumps(config, indent=2) + "\n")
+  temporary.replace(target)
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from jepax import sharding, summary
+from jepax import distributed, sharding, summary
 from jepax.checkpoint import Checkpoints, Preemption, guard
 from jepax.config import one_of
 from jepax.core import TrainState
@@ -70,7 +70,8 @@ def run(
 
   Returns:
     What results.json holds; its train.status is 'finished' or 'stopped' (early). After a signal
-    nothing is evaluated or written: {'train': {'status': 'preempted', 'steps': ...}}.
+    nothing is evaluated or written: {'train': {'status': 'preempted', 'steps': ...}}. Of several
+    processes, those but the first get no more than that in any case.
 
   Raises:
     ValueError: a setting that can't work, or a workdir that holds something else or is in use.
@@ -84,9 +85,8 @@ def run(
   identity = config.to_dict()
   if experiment.data.given:  # the config does not say which images these are
     identity["given_data"] = experiment.data.fingerprint()
-  guard(workdir, identity, ignore=FREE_KEYS)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(lock(workdir))
+    claim(workdir, identity, stack)
     every = experiment.every["checkpoint"] or experiment.steps
     saved = Checkpoints(workdir / "checkpoints", every=every, keep=config.checkpoint.keep)
     stack.enter_context(saved)
@@ -105,6 +105,20 @@ def run(
   command = command or f"jepax.fit.run(config, {str(workdir)!r})"
   return summary.finish(
     experiment, state, workdir, status=status, seconds=memory.seconds, command=command
+  )
+
+
+def claim(workdir: Path, identity: dict[str, Any], stack: contextlib.ExitStack) -> None:
+  """Writes the config and takes the lock, or refuses, on all processes alike."""
+
+  def on_first() -> None:
+    guard(workdir, identity, ignore=FREE_KEYS)
+    stack.enter_context(lock(workdir))
+
+  distributed.on_first(on_first)
+  distributed.on_all(
+    (workdir / "config.json").exists(),
+    error=f"{workdir} must be storage that all processes share; what the first wrote is missing on",
   )
 
 
@@ -229,7 +243,8 @@ class Trainer:
     encoders = self.experiment.encoders(state)
     found = self.probe({name: encoders[branch] for name, branch in branches.items()})
     for text in summary.alarms(found, control=self.memory.control):
-      logging.warning("%s", text)
+      if jax.process_index() == 0:
+        logging.warning("%s", text)
       self.progress.message(f"ALARM at step {step}: {text}")
     row = flatten(found)
     self.writer.write(step, row)
@@ -242,7 +257,7 @@ class Trainer:
     if not rule.metric:
       return False
     sign = {"max": 1, "min": -1}[rule.mode]
-    value = numbers[rule.metric]
+    value = distributed.agree(numbers[rule.metric])
     if memory.best is None or sign * (value - memory.best) > rule.min_delta:
       memory.best, memory.best_step, memory.waited = value, step, 0
       self.best.save(step, state, meta=self.meta(), force=True)

@@ -1,4 +1,4 @@
-"""One process a workdir."""
+"""One run a workdir."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-  """Keeps other processes of this machine from training in a directory; a kill frees it.
+  """Keeps other runs on this machine from training in a directory; a kill frees it.
+
+  Of the processes of one run, the first alone holds it.
 
   Raises:
     ValueError: another process trains there.
   """
-  if jax.process_index() != 0:
-    yield
-    return
   with open(workdir / ".lock", "w") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -209,6 +209,13 @@ def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
   return registry
 
 
+def finished_steps(directory: epath.PathLike) -> list[int]:
+  """The steps that a run's directory holds whole, from its files alone."""
+  path = epath.Path(directory)
+  entries = path.iterdir() if path.is_dir() else ()
+  return [int(entry.name) for entry in entries if entry.name.isdigit() and _is_finished(entry)]
+
+
 def _is_finished(path: epath.Path) -> bool:
   return all((path / item).exists() for item in _ITEMS)
 

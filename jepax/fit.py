@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,8 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from jepax import distributed, sharding, summary
-from jepax.checkpoint import Checkpoints, Preemption, guard
+from jepax import distributed, peers, sharding, summary
+from jepax.checkpoint import Checkpoints, Preemption, finished_steps, guard
 from jepax.config import one_of
 from jepax.core import TrainState
 from jepax.data.build import Data
@@ -87,25 +90,16 @@ def run(
     identity["given_data"] = experiment.data.fingerprint()
   with contextlib.ExitStack() as stack:
     claim(workdir, identity, stack)
-    every = experiment.every["checkpoint"] or experiment.steps
-    saved = Checkpoints(workdir / "checkpoints", every=every, keep=config.checkpoint.keep)
-    stack.enter_context(saved)
-    best = None
-    if config.stop.metric:
-      best = stack.enter_context(Checkpoints(workdir / "best", every=1, keep=1))
-    state, memory = restore(experiment, saved)
-    state, status = Trainer(experiment, probe, saved, best, memory, workdir).train(state)
+    stack.enter_context(peers.watch(functools.partial(end_without, workdir=workdir)))
+    state, memory, status = train(experiment, probe, workdir)
     if status == "preempted":
       return {"train": {"status": status, "steps": memory.position}}
-    if best is not None and memory.best_step not in (None, memory.position):
-      state, _ = best.restore(experiment.abstract_state, step=memory.best_step)
-      logging.info("the best step, %d, is the one evaluated", memory.best_step)
-  if jax.process_index() == 0:
-    print("final probes and report ...", flush=True)
-  command = command or f"jepax.fit.run(config, {str(workdir)!r})"
-  return summary.finish(
-    experiment, state, workdir, status=status, seconds=memory.seconds, command=command
-  )
+    if jax.process_index() == 0:
+      print("final probes and report ...", flush=True)
+    command = command or f"jepax.fit.run(config, {str(workdir)!r})"
+    return summary.finish(
+      experiment, state, workdir, status=status, seconds=memory.seconds, command=command
+    )
 
 
 def claim(workdir: Path, identity: dict[str, Any], stack: contextlib.ExitStack) -> None:
@@ -122,6 +116,19 @@ def claim(workdir: Path, identity: dict[str, Any], stack: contextlib.ExitStack) 
   )
 
 
+def end_without(lost: int, *, workdir: Path) -> None:
+  """Ends this process, which can do nothing but wait for the one that is lost."""
+  step = max(finished_steps(workdir / "checkpoints"), default=None)
+  print(
+    f"error: process {lost} of {jax.process_count()} was lost; its own last lines may say why. "
+    "Start the same command again on all of them: "
+    + ("it begins anew" if step is None else f"it resumes from step {step}"),
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(1)  # this is a thread; and the ordinary way out waits for all processes
+
+
 def check_stop(experiment: Experiment, probe: Probe) -> None:
   """Raises ValueError where config.stop can't work."""
   rule = experiment.config.stop
@@ -132,6 +139,26 @@ def check_stop(experiment: Experiment, probe: Probe) -> None:
   one_of(rule.metric, measured, where="stop.metric")
   if not experiment.every["eval"]:
     raise ValueError("stop.metric is watched at the probes: set eval.every, for example '10%'")
+
+
+def train(experiment: Experiment, probe: Probe, workdir: Path) -> tuple[TrainState, Memory, str]:
+  """Goes on from the last checkpoint; returns the state to evaluate, the memory and the status."""
+  with contextlib.ExitStack() as stack:
+    every, keep = (
+      experiment.every["checkpoint"] or experiment.steps,
+      experiment.config.checkpoint.keep,
+    )
+    saved = stack.enter_context(Checkpoints(workdir / "checkpoints", every=every, keep=keep))
+    best = None
+    if experiment.config.stop.metric:
+      best = stack.enter_context(Checkpoints(workdir / "best", every=1, keep=1))
+    state, memory = restore(experiment, saved)
+    state, status = Trainer(experiment, probe, saved, best, memory, workdir).train(state)
+    preempted = status == "preempted"
+    if best is not None and not preempted and memory.best_step not in (None, memory.position):
+      state, _ = best.restore(experiment.abstract_state, step=memory.best_step)
+      logging.info("the best step, %d, is the one evaluated", memory.best_step)
+  return state, memory, status
 
 
 def restore(experiment: Experiment, saved: Checkpoints) -> tuple[TrainState, Memory]:

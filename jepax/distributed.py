@@ -64,7 +64,6 @@ def initialize(
   jax.distributed.initialize(
     **given,
     heartbeat_timeout_seconds=heartbeat_timeout,
-    shutdown_timeout_seconds=heartbeat_timeout,
   )
   # jax.process_count() would start the devices, of which a config may still set the number.
   return given["num_processes"] > 1 if "num_processes" in given else True

@@ -209,6 +209,13 @@ def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
   return registry
 
 
+def finished_steps(directory: epath.PathLike) -> list[int]:
+  """The steps that a run's directory holds whole, from its files alone."""
+  path = epath.Path(directory)
+  entries = path.iterdir() if path.is_dir() else ()
+  return [int(entry.name) for entry in entries if entry.name.isdigit() and _is_finished(entry)]
+
+
 def _is_finished(path: epath.Path) -> bool:
   return all((path / item).exists() for item in _ITEMS)
 
@@ -306,7 +313,7 @@ def check_workdir(
 def guard(
   workdir: epath.PathLike, config: Mapping[str, Any], *, ignore: tuple[str, ...] = ()
 ) -> None:
-  """Claims a directory for one run by writing config.json, or refuses.
+  """Claims a directory for one run by writing config.json, or refuses; for process 0 alone.
 
   Args:
     workdir: absent, empty, or holding the same run.
@@ -321,10 +328,9 @@ def guard(
   path = epath.Path(workdir).expanduser()
   target = path / "config.json"
   temporary = _temporary(target)
-  if jax.process_index() == 0:
-    path.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
-    temporary.replace(target)
+  path.mkdir(parents=True, exist_ok=True)
+  temporary.write_text(json.dumps(config, indent=2) + "\n")
+  temporary.replace(target)
 
 
 def _temporary(target: epath.Path) -> epath.Path:

@@ -53,8 +53,9 @@ def base() -> ConfigDict:
   )
   config.mesh = ConfigDict(
     dict(
-      data=-1,  # -1: all the devices that the other leaves
+      data=-1,  # -1: all the devices that the others leave
       fsdp=1,
+      tensor=1,  # heads and hidden units split; see docs/scaling.md
       cpu_devices=0,  # on CPU alone: devices its cores are shared among; 0 for a good number
     )
   )

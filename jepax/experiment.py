@@ -57,8 +57,7 @@ class Experiment:
       seed=c.seed,
       start=start,
       stop=self.steps,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      rows=sharding.local_rows(self.batch_sharding, count=c.batch_size),
       threads=c.data.threads,
       prefetch=c.data.prefetch,
       max_bad_fraction=c.data.max_bad_fraction,
@@ -74,7 +73,7 @@ class Experiment:
 
     def bind(encode):
       def images_to_features(images: np.ndarray) -> Features:
-        place = replicated if len(images) % self.mesh.size else self.batch_sharding
+        place = replicated if len(images) % sharding.row_parts(self.mesh) else self.batch_sharding
         placed = jax.make_array_from_callback(images.shape, place, lambda at: images[at])
         return encode(state.params, state.carry, placed)
 
@@ -99,7 +98,9 @@ def prepare(
   config_lib.check_keys(config)
   _check_numbers(config)
   config_lib.one_of(config.precision, config_lib.PRECISIONS, where="precision")
-  mesh = mesh or sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  mesh = mesh or sharding.make_mesh(
+    data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
+  )
   _check_batch(config, mesh)
   data = build_data(config.data) if data is None else data
   lengths = _durations(config, len(data.train))
@@ -194,12 +195,13 @@ def _check_numbers(config: ConfigDict) -> None:
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
-  parts = mesh.size * config.accumulate
+  devices = sharding.row_parts(mesh)
+  parts = devices * config.accumulate
   if config.batch_size % parts:
     below = config.batch_size // parts * parts
     near = [n for n in (below, below + parts) if n]
     raise ValueError(
-      f"batch_size={config.batch_size} does not divide over {mesh.size} device(s) x "
+      f"batch_size={config.batch_size} does not divide over {devices} device(s) x "
       f"accumulate={config.accumulate}; nearest that do: {near}"
     )
 

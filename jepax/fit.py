@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,8 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from jepax import sharding, summary
-from jepax.checkpoint import Checkpoints, Preemption, guard
+from jepax import distributed, peers, sharding, summary
+from jepax.checkpoint import Checkpoints, Preemption, finished_steps, guard
 from jepax.config import one_of
 from jepax.core import TrainState
 from jepax.data.build import Data
@@ -70,7 +73,8 @@ def run(
 
   Returns:
     What results.json holds; its train.status is 'finished' or 'stopped' (early). After a signal
-    nothing is evaluated or written: {'train': {'status': 'preempted', 'steps': ...}}.
+    nothing is evaluated or written: {'train': {'status': 'preempted', 'steps': ...}}. Of several
+    processes, those but the first get no more than that in any case.
 
   Raises:
     ValueError: a setting that can't work, or a workdir that holds something else or is in use.
@@ -81,27 +85,31 @@ def run(
   probe = summary.make_probe(experiment, final=False)
   check_stop(experiment, probe)
   check_wandb(config.log.wandb)
-  guard(workdir, identity(experiment), ignore=FREE_KEYS)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(lock(workdir))
-    every = experiment.every["checkpoint"] or experiment.steps
-    saved = Checkpoints(workdir / "checkpoints", every=every, keep=config.checkpoint.keep)
-    stack.enter_context(saved)
-    best = None
-    if config.stop.metric:
-      best = stack.enter_context(Checkpoints(workdir / "best", every=1, keep=1))
-    state, memory = restore(experiment, saved)
-    state, status = Trainer(experiment, probe, saved, best, memory, workdir).train(state)
+    claim(workdir, experiment, stack)
+    stack.enter_context(peers.watch(functools.partial(end_without, workdir=workdir)))
+    state, memory, status = train(experiment, probe, workdir)
     if status == "preempted":
       return {"train": {"status": status, "steps": memory.position}}
-    if best is not None and memory.best_step not in (None, memory.position):
-      state, _ = best.restore(experiment.abstract_state, step=memory.best_step)
-      logging.info("the best step, %d, is the one evaluated", memory.best_step)
-  if jax.process_index() == 0:
-    print("final probes and report ...", flush=True)
-  command = command or f"jepax.fit.run(config, {str(workdir)!r})"
-  return summary.finish(
-    experiment, state, workdir, status=status, seconds=memory.seconds, command=command
+    if jax.process_index() == 0:
+      print("final probes and report ...", flush=True)
+    command = command or f"jepax.fit.run(config, {str(workdir)!r})"
+    return summary.finish(
+      experiment, state, workdir, status=status, seconds=memory.seconds, command=command
+    )
+
+
+def claim(workdir: Path, experiment: Experiment, stack: contextlib.ExitStack) -> None:
+  """Writes the config and takes the lock, or refuses, on all processes alike."""
+
+  def on_first() -> None:
+    guard(workdir, identity(experiment), ignore=FREE_KEYS)
+    stack.enter_context(lock(workdir))
+
+  distributed.on_first(on_first)
+  distributed.on_all(
+    (workdir / "config.json").exists(),
+    error=f"{workdir} must be storage that all processes share; what the first wrote is missing on",
   )
 
 
@@ -111,6 +119,19 @@ def identity(experiment: Experiment) -> dict[str, Any]:
   if experiment.data.given:  # the config does not say which images these are
     found["given_data"] = experiment.data.fingerprint()
   return found
+
+
+def end_without(lost: int, *, workdir: Path) -> None:
+  """Ends this process, which can do nothing but wait for the one that is lost."""
+  step = max(finished_steps(workdir / "checkpoints"), default=None)
+  print(
+    f"error: process {lost} of {jax.process_count()} was lost; its own last lines may say why. "
+    "Start the same command again on all of them: "
+    + ("it begins anew" if step is None else f"it resumes from step {step}"),
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(1)  # this is a thread; and the ordinary way out waits for all processes
 
 
 def check_stop(experiment: Experiment, probe: Probe) -> None:
@@ -123,6 +144,26 @@ def check_stop(experiment: Experiment, probe: Probe) -> None:
   one_of(rule.metric, measured, where="stop.metric")
   if not experiment.every["eval"]:
     raise ValueError("stop.metric is watched at the probes: set eval.every, for example '10%'")
+
+
+def train(experiment: Experiment, probe: Probe, workdir: Path) -> tuple[TrainState, Memory, str]:
+  """Goes on from the last checkpoint; returns the state to evaluate, the memory and the status."""
+  with contextlib.ExitStack() as stack:
+    every, keep = (
+      experiment.every["checkpoint"] or experiment.steps,
+      experiment.config.checkpoint.keep,
+    )
+    saved = stack.enter_context(Checkpoints(workdir / "checkpoints", every=every, keep=keep))
+    best = None
+    if experiment.config.stop.metric:
+      best = stack.enter_context(Checkpoints(workdir / "best", every=1, keep=1))
+    state, memory = restore(experiment, saved)
+    state, status = Trainer(experiment, probe, saved, best, memory, workdir).train(state)
+    preempted = status == "preempted"
+    if best is not None and not preempted and memory.best_step not in (None, memory.position):
+      state, _ = best.restore(experiment.abstract_state, step=memory.best_step)
+      logging.info("the best step, %d, is the one evaluated", memory.best_step)
+  return state, memory, status
 
 
 def restore(experiment: Experiment, saved: Checkpoints) -> tuple[TrainState, Memory]:
@@ -234,7 +275,8 @@ class Trainer:
     encoders = self.experiment.encoders(state)
     found = self.probe({name: encoders[branch] for name, branch in branches.items()})
     for text in summary.alarms(found, control=self.memory.control):
-      logging.warning("%s", text)
+      if jax.process_index() == 0:
+        logging.warning("%s", text)
       self.progress.message(f"ALARM at step {step}: {text}")
     row = flatten(found)
     self.writer.write(step, row)
@@ -247,7 +289,7 @@ class Trainer:
     if not rule.metric:
       return False
     sign = {"max": 1, "min": -1}[rule.mode]
-    value = numbers[rule.metric]
+    value = distributed.agree(numbers[rule.metric])
     if memory.best is None or sign * (value - memory.best) > rule.min_delta:
       memory.best, memory.best_step, memory.waited = value, step, 0
       self.best.save(step, state, meta=self.meta(), force=True)

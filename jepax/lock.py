@@ -1,4 +1,4 @@
-"""One process a workdir, and one file system for both to see."""
+"""One run a workdir, and one file system for all its processes to see."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import fcntl
 import re
 from collections.abc import Iterator
 from pathlib import Path
-
-import jax
 
 
 def local_path(workdir: str | Path) -> Path:
@@ -27,14 +25,13 @@ def local_path(workdir: str | Path) -> Path:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-  """Keeps other processes of this machine from training in a directory; a kill frees it.
+  """Keeps other runs on this machine from training in a directory; a kill frees it.
+
+  Of the processes of one run, the first alone holds it.
 
   Raises:
     ValueError: another process trains there.
   """
-  if jax.process_index() != 0:
-    yield
-    return
   with open(workdir / ".lock", "a") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

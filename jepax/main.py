@@ -7,9 +7,10 @@ import shlex
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 
-from jepax import cli
+from jepax import cli, distributed
 from jepax import config as config_lib
 
 CONFIG = flags.DEFINE_string(
@@ -24,21 +25,45 @@ WORKDIR = flags.DEFINE_string(
 DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Check all, take two steps, print the plan of time and memory, write nothing."
 )
+COORDINATOR = flags.DEFINE_string(
+  "coordinator_address", None, "Of several processes: host:port of the first. See docs/scaling.md."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+HEARTBEAT = flags.DEFINE_integer(
+  "heartbeat_timeout",
+  distributed.HEARTBEAT,
+  "Seconds after which a silent process counts as lost, and the others end.",
+)
 
 
 def main(argv: list[str]) -> None:
-  """Loads the config, then trains, resumes or refuses."""
+  """Joins the other processes, if any, loads the config, then trains, resumes or refuses."""
   command = shlex.join(["python", "-m", "jepax.main", *sys.argv[1:]])
-  # JAX and the rest load here, after the flags were found good.
-  from jepax import fit, preflight, sharding
-
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
+  with cli.errors(ValueError):
+    several = distributed.initialize(
+      coordinator_address=COORDINATOR.value,
+      num_processes=NUM_PROCESSES.value,
+      process_id=PROCESS_ID.value,
+      heartbeat_timeout=HEARTBEAT.value,
+    )
+  with distributed.leaving_at_once():
+    train(argv[1:], command, several=several)
+
+
+def train(overrides: list[str], command: str, *, several: bool) -> None:
+  """Trains; process 0 alone reports."""
+  # What builds models loads here, after the flags were found good.
+  from jepax import fit, preflight, sharding
+
   try:
     with cli.errors(ValueError, OSError, fit.Diverged):  # OSError: a full disk
-      config = config_lib.load(CONFIG.value, [a.removeprefix("config.") for a in argv[1:]])
+      config = config_lib.load(CONFIG.value, [a.removeprefix("config.") for a in overrides])
       rows = config.batch_size // max(1, config.accumulate)
-      sharding.use_all_cores(rows=rows, count=config.mesh.cpu_devices)
+      if not several or config.mesh.cpu_devices:
+        sharding.use_all_cores(rows=rows, count=config.mesh.cpu_devices)
       workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
       if DRY_RUN.value:
         return preflight.show(preflight.run(config, workdir))
@@ -46,6 +71,8 @@ def main(argv: list[str]) -> None:
   except KeyboardInterrupt:  # in training a signal saves first; this is before or after it
     print(f"interrupted; to go on:\n  {command}", file=sys.stderr)
     sys.exit(130)
+  if jax.process_index() != 0:
+    return
   if results["train"]["status"] == "preempted":
     step = results["train"]["steps"]
     print(f"stopped by a signal and saved at step {step}; to go on:\n  {command}")

@@ -83,7 +83,8 @@ def finish(
     command: what reproduces the run.
 
   Returns:
-    The content of results.json: accuracies are fractions of 1, by probe and then by encoder
+    The content of results.json, on the first process: accuracies are fractions of 1, by probe and
+    then by encoder
     ('target', 'online', 'random_init', 'pixels').
   """
   probe = make_probe(experiment, final=True)
@@ -97,9 +98,18 @@ def finish(
     for name, both in features.items()
   }
   found["pixels"] = probe.scores(pixels(probe.bank["image"]), pixels(probe.queries["image"]))
-  results = _results(experiment, workdir, found, status, seconds)
+  # All processes compute what follows from a sharded state; the first alone keeps books.
+  predictor = None
   if isinstance(experiment.method, JEPA):
-    results["predictor"] = _retrieval(experiment, state, probe)
+    predictor = _retrieval(experiment, state, probe)
+  shown = report.Pictures()
+  if np.isfinite(features[first][1]).all():  # else it diverged: there is nothing to see
+    shown = _pictures(experiment, state, probe, features[first], encoders[first])
+  if jax.process_index() != 0:
+    return {"train": {"status": status, "steps": int(state.step)}}
+  results = _results(experiment, workdir, found, status, seconds)
+  if predictor is not None:
+    results["predictor"] = predictor
   write_json(workdir / "results.json", results)
   page = report.Report(
     title=f"{experiment.config.method.name} on {experiment.data.name}",
@@ -109,12 +119,9 @@ def finish(
     results=results,
     history=read_history(workdir),
     alarms=results["alarms"],
-    pictures=_pictures(experiment, state, probe, features[first], encoders[first])
-    if np.isfinite(features[first][1]).all()
-    else report.Pictures(),  # diverged: there is nothing to see
+    pictures=shown,
   )
-  if jax.process_index() == 0:
-    report.write(workdir / "report.html", page)
+  report.write(workdir / "report.html", page)
   return results
 
 

@@ -71,9 +71,7 @@ def test_resume_and_threads_do_not_change_batches(source, transform):
 @pytest.mark.parametrize("source, transform", [(arrays(), None), (ListSource(23, bad=[2]), CROP)])
 def test_two_processes_make_the_batch_of_one(source, transform):
   whole = load(source, transform, max_bad_fraction=1)
-  parts = [
-    load(source, transform, max_bad_fraction=1, process_index=p, process_count=2) for p in (0, 1)
-  ]
+  parts = [load(source, transform, max_bad_fraction=1, rows=rows) for rows in ([0, 1], [2, 3])]
   assert parts[0][0]["image"].shape[0] == 2
   joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
   assert_equal(joined, whole)
@@ -189,8 +187,8 @@ def test_images_of_different_sizes_ask_for_a_transform():
   [
     ({"batch_size": 24}, "from 1 to the 23 examples of the source, found 24"),
     ({"batch_size": 0}, "found 0"),
-    ({"process_count": 3}, "multiple of process_count 3"),
-    ({"process_count": 2, "process_index": 2}, "process_index 2"),
+    ({"rows": [3, 4]}, r"rows must lie in 0..3, one or more; found \[3, 4\]"),
+    ({"rows": []}, "rows must lie"),
     ({"seed": -1}, "seed >= 0"),
     ({"start": 5, "stop": 4}, "start <= stop"),
   ],

@@ -78,10 +78,12 @@ def test_loss_falls_on_one_batch(name, start):
   assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
 
-@pytest.mark.parametrize("fsdp", [1, 8], ids=["data parallel", "fully sharded"])
-def test_eight_devices_equal_one(name, one_device, fsdp):
+@pytest.mark.parametrize(
+  ("fsdp", "tensor"), [(1, 1), (8, 1), (2, 2)], ids=["data parallel", "fully sharded", "tensor"]
+)
+def test_eight_devices_equal_one(name, one_device, fsdp, tensor):
   one, _, losses = one_device
-  experiment = tiny.experiment(name, fsdp=fsdp, devices=8)
+  experiment = tiny.experiment(name, fsdp=fsdp, tensor=tensor, devices=8)
   state, sharded = train(experiment, 10)
   if fsdp > 1:
     leaves = jax.tree.leaves(state.params)

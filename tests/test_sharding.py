@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from jepax import optim, sharding
 from jepax.config import base
 from jepax.core import TrainState
+from jepax.experiment import prepare
 
 ROWS = P(("data", "fsdp"))
 
@@ -25,32 +28,60 @@ def mesh():
 @pytest.mark.parametrize(
   "sizes, shape",
   [
-    ({}, (8, 1)),
-    ({"fsdp": 8}, (1, 8)),
-    ({"fsdp": 2}, (4, 2)),
-    ({"data": 2, "fsdp": -1}, (2, 4)),
-    ({"data": 4, "fsdp": 2}, (4, 2)),
+    ({}, (8, 1, 1)),
+    ({"fsdp": 8}, (1, 8, 1)),
+    ({"fsdp": 2}, (4, 2, 1)),
+    ({"data": 2, "fsdp": -1}, (2, 4, 1)),
+    ({"data": 4, "fsdp": 2}, (4, 2, 1)),
+    ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
+    ({"data": 1, "tensor": 4, "fsdp": -1}, (1, 2, 4)),
   ],
 )
 def test_mesh_takes_all_devices(sizes, shape):
   mesh = sharding.make_mesh(**sizes)
-  assert mesh.axis_names == ("data", "fsdp") and mesh.devices.shape == shape
+  assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == shape
 
 
 def test_one_device_is_a_mesh_of_one():
   mesh = sharding.make_mesh(devices=jax.devices()[3:4])
-  assert mesh.devices.tolist() == [[jax.devices()[3]]]
+  assert mesh.devices.tolist() == [[[jax.devices()[3]]]]
 
 
 @pytest.mark.parametrize(
   "sizes",
-  [{"fsdp": 3}, {"data": 2, "fsdp": 2}, {"data": -1, "fsdp": -1}, {"fsdp": 0}, {"data": -2}],
+  [
+    *({"fsdp": 3}, {"data": 2, "fsdp": 2}, {"data": -1, "fsdp": -1}, {"fsdp": 0}, {"data": -2}),
+    *({"tensor": 3}, {"tensor": 0}, {"tensor": 16}),
+  ],
 )
 def test_mesh_errors(sizes):
-  found = {"data": -1, "fsdp": 1} | sizes
-  message = rf"data={found['data']}, fsdp={found['fsdp']} does not fit 8 device\(s\).*must be 8"
+  found = {"data": -1, "fsdp": 1, "tensor": 1} | sizes
+  sizes_in_words = ", ".join(f"{axis}={size}" for axis, size in found.items())
+  message = rf"{sizes_in_words} does not fit 8 device\(s\).*must be 8"
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device of one of several slices."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = "gpu"
+  device_kind: str = "chip"
+
+
+def test_data_spans_slices_and_the_rest_stays_inside(caplog):
+  chips = [Chip(id=i, slice_index=i % 2) for i in range(8)]
+  mesh = sharding.make_mesh(fsdp=2, tensor=2, devices=chips)
+  assert mesh.devices.shape == (2, 2, 2)
+  assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+  assert not caplog.records
+  wide = sharding.make_mesh(fsdp=8, devices=chips)  # as asked for, with a word of warning
+  assert [chip.slice_index for chip in wide.devices.flat] == [0] * 4 + [1] * 4
+  assert "cross the slow network" in caplog.text
 
 
 def place(mesh, **shapes) -> dict:
@@ -76,6 +107,38 @@ def test_what_is_small_or_indivisible_is_replicated(mesh):
 
 def test_without_fsdp_all_is_replicated():
   assert place(sharding.make_mesh(), tall=(4096, 64)) == {"tall": P()}
+
+
+BLOCK = {
+  "qkv": {"kernel": (64, 192), "bias": (192,)},
+  "proj": {"kernel": (64, 64), "bias": (64,)},
+  "fc1": {"kernel": (64, 256), "bias": (256,)},
+  "fc2": {"kernel": (256, 64), "bias": (64,)},
+  "norm1": {"scale": (64,)},
+}
+
+
+@pytest.mark.parametrize(("name", "before"), [("block3", ()), ("blocks", (12,))])
+def test_blocks_are_split_over_tensor(name, before):
+  """Outputs of qkv and fc1, inputs of proj and fc2; fsdp takes another axis of the same leaf."""
+  shapes = {k: {n: before + s for n, s in leaves.items()} for k, leaves in BLOCK.items()}
+  tree = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+  )
+  # `proj` outside a block is the projection to the encoder's width: no part of the rules.
+  outside = {"proj": {"kernel": jax.ShapeDtypeStruct((64, 256), np.float32)}}
+  mesh = sharding.make_mesh(fsdp=2, tensor=2)
+  found = sharding.state_shardings(mesh, {"t": {name: tree}, **outside})
+  layer = (None,) * len(before)
+  expected = {
+    "qkv": {"kernel": P(*layer, "fsdp", "tensor"), "bias": P(*layer, "tensor")},
+    "proj": {"kernel": P(*layer, "tensor", "fsdp"), "bias": P()},
+    "fc1": {"kernel": P(*layer, "fsdp", "tensor"), "bias": P(*layer, "tensor")},
+    "fc2": {"kernel": P(*layer, "tensor", "fsdp"), "bias": P()},
+    "norm1": {"scale": P()},
+  }
+  assert jax.tree.map(lambda s: s.spec, found["t"][name]) == expected
+  assert found["proj"]["kernel"].spec == P(None, "fsdp")
 
 
 def test_the_layer_axis_of_a_scanned_stack_is_never_split(mesh):
@@ -125,6 +188,20 @@ def test_rows_lie_over_every_device(mesh):
   assert {s.data.shape for s in whole.addressable_shards} == {(16, 3)}
 
 
+def test_rows_of_a_process_need_not_be_neighbours():
+  """Devices of one process hold rows in their mesh's order; here that is all of them, sorted."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices())[[4, 0, 5, 1, 6, 2, 7, 3]], ("data",))
+  rows = jax.sharding.NamedSharding(mesh, P("data"))
+  assert sharding.local_rows(rows, count=16).tolist() == list(range(16))
+
+  class Mine:  # the sharding as a process sees it that has the devices 0 to 3
+    def addressable_devices_indices_map(self, shape):
+      every = rows.devices_indices_map(shape)
+      return {device: index for device, index in every.items() if device.id < 4}
+
+  assert sharding.local_rows(Mine(), count=16).tolist() == [2, 3, 6, 7, 10, 11, 14, 15]
+
+
 def constrained(x) -> str:
   return str(jax.make_jaxpr(sharding.constrain)(x))
 
@@ -142,6 +219,34 @@ def test_constrain_splits_rows_inside_a_mesh(mesh):
     assert "sharding_constraint" in constrained(x)
     # Rows that don't divide, as of a probe's last batch, stay as they are.
     assert "sharding_constraint" not in constrained(jnp.ones((6, 3)))
+
+
+def test_constrain_splits_an_axis_over_tensor():
+  x = jnp.ones((8, 5, 4))
+  with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=2)):
+    y = jax.jit(lambda: sharding.constrain(x, split=-1))()
+    assert y.sharding.spec == P(("data", "fsdp"), None, "tensor")
+    assert jax.jit(lambda: sharding.constrain(x))().sharding.spec == ROWS
+    # Rows that don't divide are left alone, heads that don't are an error.
+    assert jax.jit(lambda: sharding.constrain(x[:3], split=2))().sharding.spec[2] == "tensor"
+    with pytest.raises(ValueError, match=r"mesh.tensor=2 does not divide the 5 heads"):
+      sharding.constrain(x, split=1)
+
+
+def test_tensor_moves_no_activation_from_device_to_device(capfd, quick_compile):
+  """The compiled step has no all-to-all, and XLA falls back to no full rematerialisation."""
+  config = tiny.config("ijepa")
+  with config.unlocked():
+    config.method.encoder = tiny.ENCODER | dict(depth=2, scan=True, activation="swiglu")
+    config.method.predictor = dict(width=16, depth=1, heads=2)
+  mesh = sharding.make_mesh(fsdp=2, tensor=2)
+  run = prepare(config, data=tiny.data(), mesh=mesh)
+  images = jax.ShapeDtypeStruct((tiny.BATCH, 16, 16, 1), np.uint8, sharding=run.batch_sharding)
+  with jax.set_mesh(mesh):
+    step = run.train_step.__wrapped__.lower(run.abstract_state, {"image": images}).compile()
+  program = step.as_text()
+  assert "all-reduce" in program and "all-to-all" not in program
+  assert "rematerialization" not in capfd.readouterr().err
 
 
 def test_constrain_leaves_another_mesh_alone():

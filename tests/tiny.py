@@ -69,11 +69,11 @@ def config(method: str, **overrides):
 
 
 @functools.cache
-def experiment(method: str, *, fsdp: int = 1, devices: int = 1) -> Experiment:
+def experiment(method: str, *, fsdp: int = 1, tensor: int = 1, devices: int = 1) -> Experiment:
   """The method on the first `devices` simulated devices; cached, so each compiles once."""
   import jepax.sharding
 
-  mesh = jepax.sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
+  mesh = jepax.sharding.make_mesh(fsdp=fsdp, tensor=tensor, devices=jax.devices()[:devices])
   return prepare(config(method), data=data(), mesh=mesh)
 
 

@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, step).
 
 Examples come from an endless stream of permutations, one an epoch; global batch `step` is the
-positions [step*B, (step+1)*B) of that stream, and process p of P loads its p-th part. Crops are
+positions [step*B, (step+1)*B) of that stream, of which each process loads its own rows. Crops are
 drawn by a generator keyed by (seed, step, row). So a batch does not depend on how many processes
 or threads load it, or on where a run was resumed: the whole state of the input is one number.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -72,14 +72,7 @@ class _BatchReader:
   transform: Transform | None
   batch_size: int
   seed: int
-  process_index: int
-  process_count: int
-
-  @property
-  def rows(self) -> range:
-    """The rows of the global batch that this process loads."""
-    count = self.batch_size // self.process_count
-    return range(self.process_index * count, (self.process_index + 1) * count)
+  rows: np.ndarray  # of the global batch, that this process loads
 
   @property
   def vectorised(self) -> bool:
@@ -88,9 +81,9 @@ class _BatchReader:
   def __call__(self, step: int) -> _Loaded:
     if self.vectorised:
       index = batch_indices(len(self.source), batch_size=self.batch_size, seed=self.seed, step=step)
-      return _Loaded(self.source.rows(index[self.rows.start : self.rows.stop]))
+      return _Loaded(self.source.rows(index[self.rows]))
     examples, bad = [], []
-    for row in self.rows:
+    for row in self.rows.tolist():
       example = self._read(step, row, bad)
       if self.transform is not None:
         rng = np.random.default_rng((self.seed, step, row, _CROP))
@@ -118,8 +111,8 @@ class _BatchReader:
 class Loader:
   """Iterates over the batches [start, stop) of one process, loading ahead in threads.
 
-  Yields dicts of numpy arrays: image u8[b h w c] and, from labelled sources, label i32[b];
-  b = batch_size / process_count. A context manager, or call close().
+  Yields dicts of numpy arrays: image u8[b h w c] and, from labelled sources, label i32[b], b the
+  number of rows it loads. A context manager, or call close().
 
   position: the next global batch.
   bad_examples: different unreadable examples met so far, counted as their batches are handed
@@ -135,8 +128,7 @@ class Loader:
     seed: int,
     start: int,
     stop: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     threads: int,
     prefetch: int,
     max_bad_fraction: float,
@@ -146,12 +138,11 @@ class Loader:
     Args:
       source: the examples.
       transform: makes images of one size, or None where they have it.
-      batch_size: rows of the global batch; process_count must divide it.
+      batch_size: rows of the global batch.
       seed: at least 0; picks the order and the crops.
       start: first global batch.
       stop: one past the last global batch.
-      process_index: which part of each batch to load.
-      process_count: parts a batch is cut into.
+      rows: which of the global batch to load, all by default.
       threads: batches decoded at the same time.
       prefetch: batches held ready, at least `threads` to keep them busy.
       max_bad_fraction: share of unreadable examples, 0 to 1, above which the run stops. Judged
@@ -161,15 +152,13 @@ class Loader:
       ValueError: sizes that do not divide or fit; from iterating: too many unreadable examples.
     """
     _batches_per_epoch(len(source), batch_size)
-    if process_count < 1 or batch_size % process_count or not 0 <= process_index < process_count:
-      raise ValueError(
-        f"batch_size {batch_size} must be a multiple of process_count {process_count}, and "
-        f"process_index {process_index} be below it"
-      )
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if rows.size == 0 or rows.min() < 0 or rows.max() >= batch_size:
+      raise ValueError(f"rows must lie in 0..{batch_size - 1}, one or more; found {rows.tolist()}")
     if seed < 0 or not 0 <= start <= stop:
       raise ValueError(f"need seed >= 0 and 0 <= start <= stop, found {seed=}, {start=}, {stop=}")
     self.position = start
-    self._reader = _BatchReader(source, transform, batch_size, seed, process_index, process_count)
+    self._reader = _BatchReader(source, transform, batch_size, seed, rows)
     self._max_bad_fraction = max_bad_fraction
     self._bad_indices: set[int] = set()
     self._reads = self._bad_reads = 0

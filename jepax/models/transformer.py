@@ -14,17 +14,17 @@ from flax import linen as nn
 
 from jepax.models.attention import IMPLEMENTATIONS, attention
 from jepax.names import one_of
-from jepax.sharding import constrain
+from jepax.sharding import constrain, regroup
 
 INITS: dict[str, Callable[..., jax.Array]] = {
   "normal": nn.initializers.normal(0.02),  # I-JEPA: its truncation at +-2 is absolute, so none
   "xavier": nn.initializers.xavier_uniform(),  # MAE
 }
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
   "gelu": lambda x: nn.gelu(x, approximate=False),
   "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
   "relu": nn.relu,
-  "swiglu": lambda x: nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],  # halves x
+  "swiglu": lambda gate, x: nn.silu(gate) * x,
 }
 REMAT: dict[str, Callable | None] = {
   "none": None,
@@ -41,6 +41,36 @@ def layer_norm(owner: nn.Module, name: str, dtype: jnp.dtype) -> nn.LayerNorm:
 def dense(owner: nn.Module, width: int, *, name: str) -> nn.Dense:
   """A linear layer to `width` units with its owner's compute dtype and initialisation."""
   return nn.Dense(width, dtype=owner.dtype, kernel_init=INITS[owner.init_name], name=name)
+
+
+class Grouped(nn.Module, kw_only=True):
+  """Linear layers of equal width as one matrix product, whose parameters lie side by side.
+
+  groups: layers; units: outputs of each; the rest as in `Stack`.
+  """
+
+  groups: int
+  units: int
+  init_name: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+    """x: [b n d] -> `groups` arrays [b n units], their last axis split over `tensor`."""
+    shape = (x.shape[-1], self.groups * self.units)
+    kernel = self.param("kernel", INITS[self.init_name], shape)
+    bias = self.param("bias", nn.initializers.zeros, shape[1:])
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    kernel, bias = regroup(kernel, groups=self.groups), regroup(bias, groups=self.groups)
+    y = constrain(jnp.tensordot(x, kernel, 1) + bias, split=-1)  # [b n groups units]
+    return tuple(y[:, :, group] for group in range(self.groups))
+
+
+def grouped(owner: nn.Module, groups: int, units: int, *, name: str) -> Grouped:
+  """`groups` linear layers to `units` units each, see `dense`."""
+  return Grouped(
+    groups=groups, units=units, init_name=owner.init_name, dtype=owner.dtype, name=name
+  )
 
 
 class Block(nn.Module, kw_only=True):
@@ -70,18 +100,19 @@ class Block(nn.Module, kw_only=True):
     """x: [b n d], valid: bool[b n] or None, drop_rate: in [0, 1) -> [b n d], or [b keep d]."""
     d = x.shape[-1]
     x = constrain(x)
-    qkv = dense(self, 3 * d, name="qkv")(layer_norm(self, "norm1", self.dtype)(x))
-    q, k, v = rearrange(qkv, "b n (s h e) -> s b n h e", s=3, h=self.heads)
+    qkv = grouped(self, 3, d, name="qkv")(layer_norm(self, "norm1", self.dtype)(x))
+    q, k, v = (constrain(rearrange(y, "b n (h e) -> b n h e", h=self.heads), split=2) for y in qkv)
     if self.keep is not None:
       q, x = q[:, -self.keep :], x[:, -self.keep :]
     self.sow("intermediates", "query", q)
     self.sow("intermediates", "key", k)
     y = attention(q, k, v, valid=valid, implementation=self.attention)
     y = dense(self, d, name="proj")(rearrange(y, "b n h e -> b n (h e)"))
-    x = x + self._branch(y, drop_rate, "scale1").astype(x.dtype)
-    hidden = self.mlp_width * (2 if self.activation == "swiglu" else 1)
-    y = dense(self, hidden, name="fc1")(layer_norm(self, "norm2", self.dtype)(x))
-    y = dense(self, d, name="fc2")(ACTIVATIONS[self.activation](y))
+    x = constrain(x + self._branch(y, drop_rate, "scale1").astype(x.dtype))
+    groups = 2 if self.activation == "swiglu" else 1
+    fc1 = grouped(self, groups, self.mlp_width, name="fc1")
+    y = ACTIVATIONS[self.activation](*fc1(layer_norm(self, "norm2", self.dtype)(x)))
+    y = dense(self, d, name="fc2")(y)
     return x + self._branch(y, drop_rate, "scale2").astype(x.dtype)
 
   def _branch(self, y: jax.Array, drop_rate: jax.Array | float, name: str) -> jax.Array:

@@ -1,0 +1,260 @@
+"""Training steps against the reference PyTorch I-JEPA: same model, batch, token counts, precision.
+
+  git clone https://github.com/facebookresearch/ijepa REFERENCE
+  python benchmarks/step_time.py --reference=REFERENCE [--reference_python=PYTHON] \
+    [--peers=eager,compile] [--rounds=3 --steps=10] [CONFIG[,KEY=VALUE ...] ...]
+
+Each side runs in a process of its own, in turns, on random images that lie on the device already.
+The reference gets contexts and targets of as many tokens as jepax computes, padding included, so
+both do the same work; drawing the masks is part of jepax's step and not of the reference's, which
+does it in the loader's workers. PYTHON is an interpreter with torch, this one by default. Runs on
+a CPU or on one CUDA GPU. Writes benchmarks/results/step_time.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).parent
+CASES = (
+  "configs/quickstart.py",
+  "configs/quickstart.py,method.encoder.activation=gelu,method.predictor.activation=gelu",
+  "configs/ijepa_vits.py,batch_size=16,precision=float32",
+)
+# Dense bfloat16 FLOP/s of one GPU, NVIDIA's data sheets.
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What both sides train; counts are of one image. encoder, predictor: sizes by name."""
+
+  spec: str
+  batch: int
+  size: int
+  channels: int
+  precision: str
+  encoder: dict[str, int]
+  predictor: dict[str, int]
+  context: int
+  targets: int
+  target: int
+  flops: float  # of matrix products, a step
+
+  @classmethod
+  def of(cls, spec: str) -> Case:
+    """The case of 'FILE,KEY=VALUE,...'."""
+    experiment = load(spec)
+    c, method = experiment.config, experiment.method
+    encoder, predictor = method.encoder, method.predictor
+    masks = method.masks
+    names = ("width", "depth", "heads", "mlp_width")
+    sizes = {name: getattr(encoder, name) for name in names}
+    return cls(
+      spec=spec,
+      batch=c.batch_size,
+      size=c.data.size,
+      channels=c.data.channels,
+      precision=c.precision,
+      encoder=sizes | {"patch": encoder.patch, "mlp_width": encoder.mlp_width or 4 * encoder.width},
+      predictor={name: getattr(predictor, name) for name in names[:3]},
+      context=masks.context_size,
+      targets=masks.targets,
+      target=masks.target_size,
+      flops=model_flops(spec),
+    )
+
+
+def model_flops(spec: str) -> int:
+  """Of the matrix products of one step; what rematerialisation computes again is left out."""
+  from jepax import flops
+  from jepax.planning import aot
+
+  plain = load(f"{spec},method.encoder.remat=none,method.predictor.remat=none")
+  return flops.count(aot.trace(plain).jaxpr)
+
+
+def load(spec: str):
+  """'FILE,KEY=VALUE,...' -> a run's pieces, for images that nobody reads."""
+  from jepax import config as config_lib
+  from jepax import sharding
+  from jepax.data.build import Data
+  from jepax.experiment import prepare
+
+  path, *overrides = spec.split(",")
+  config = config_lib.load(str(HERE.parent / path), overrides)
+  sharding.use_all_cores(rows=config.batch_size // config.accumulate)
+  c = config.data
+  blank = np.broadcast_to(np.zeros((), np.uint8), (10**6, 1, 1, c.channels))
+  data = Data.from_arrays(blank, size=c.size, mean=c.mean, std=c.std)
+  return prepare(config, data=data)
+
+
+def run_jepax(spec: str, *, warmup: int, steps: int) -> dict:
+  """Times the training step of a config, as `jepax.main` runs it."""
+  import jax
+
+  experiment = load(spec)
+  c = experiment.config
+  shape = (c.batch_size, c.data.size, c.data.size, c.data.channels)
+  images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+  batch = {"image": jax.device_put(images, experiment.batch_sharding)}
+  state = experiment.initial_state()
+  jax.block_until_ready(state)
+  start = time.perf_counter()
+  state, metrics = experiment.train_step(state, batch)
+  float(metrics["train/loss"])
+  first = time.perf_counter() - start
+  seconds = []
+  for i in range(warmup + steps):
+    start = time.perf_counter()
+    state, metrics = experiment.train_step(state, batch)
+    float(metrics["train/loss"])
+    if i >= warmup:
+      seconds.append(time.perf_counter() - start)
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  else:
+    peak = device.memory_stats()["peak_bytes_in_use"]
+  return {
+    "seconds": seconds,
+    "first_step": first,
+    "peak_bytes": peak,
+    "device": f"{device.device_kind}, {jax.device_count()} device(s)",
+    "version": f"jax {jax.__version__}",
+  }
+
+
+class Side:
+  """A command that times `steps` steps and prints JSON as its last line."""
+
+  def __init__(self, name: str, command: list[str], environment: dict[str, str]):
+    self.name, self.command, self.environment = name, command, environment
+    self.rounds: list[dict] = []
+
+  def measure(self) -> None:
+    done = subprocess.run(
+      self.command, env=self.environment, stdout=subprocess.PIPE, text=True, cwd=HERE.parent
+    )
+    if done.returncode:
+      raise SystemExit(f"{self.name} failed: {' '.join(self.command)}")
+    self.rounds.append(json.loads(done.stdout.splitlines()[-1]))
+
+  def row(self, case: Case, ours: float | None = None) -> dict:
+    """Median over the rounds; `ours` is jepax's rate, which the ratio is of."""
+    seconds = statistics.median(statistics.median(r["seconds"]) for r in self.rounds)
+    row = {
+      "side": self.name,
+      "images_per_second": round(case.batch / seconds, 2),
+      "milliseconds": round(1000 * seconds, 2),
+      "tflops_per_second": round(case.flops / seconds / 1e12, 4),
+      "first_step_seconds": round(statistics.median(r["first_step"] for r in self.rounds), 1),
+      "peak_gib": round(max(r["peak_bytes"] for r in self.rounds) / 2**30, 3),
+      "device": self.rounds[0]["device"],
+      "version": self.rounds[0]["version"],
+    }
+    peak = PEAKS.get(row["device"].split(",")[0]) if case.precision == "bfloat16" else None
+    if peak is not None:
+      row["mfu"] = round(case.flops / seconds / peak, 3)
+    if ours is not None:
+      row["jepax_is_faster_by"] = round(ours * seconds / case.batch, 3)
+    return row
+
+
+def sides(case: Case, options: argparse.Namespace, environment: dict[str, str]) -> list[Side]:
+  """jepax first, then its peers."""
+  counts = [f"--warmup={options.warmup}", f"--steps={options.steps}"]
+  worker = [sys.executable, str(HERE / "step_time.py"), f"--worker={case.spec}", *counts]
+  found = [Side("jepax", worker, environment)]
+  for peer in options.peers.split(","):
+    settings = dataclasses.asdict(case) | {
+      "reference": str(options.reference.resolve()),
+      "compile": peer == "compile",
+      "warmup": options.warmup,
+      "steps": options.steps,
+    }
+    script = str(HERE / "step_time_reference.py")
+    command = [options.reference_python, script, json.dumps(settings)]
+    found.append(Side(f"reference, {peer}", command, environment))
+  return found
+
+
+def compare(case: Case, options: argparse.Namespace, environment: dict[str, str]) -> list[dict]:
+  """One row a side; the sides take turns."""
+  found = sides(case, options, environment)
+  for _ in range(options.rounds):
+    for side in found:
+      side.measure()
+  ours = found[0].row(case)
+  return [ours, *(side.row(case, ours["images_per_second"]) for side in found[1:])]
+
+
+def table(results: list[dict]) -> str:
+  """Markdown: a heading and a table a case."""
+  parts = []
+  for result in results:
+    case, rows = result["case"], result["rows"]
+    tokens = f"{case['context']} context tokens, {case['targets']} targets of {case['target']}"
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+      lines.append(f"| {' | '.join(str(row[n]) if n in row else '' for n in names)} |")
+    head = f"## {case['spec']}\n\nbatch {case['batch']}, {case['precision']}, {tokens}"
+    work = f"{case['flops'] / 1e9:.2f} GFLOP of matrix products a step"
+    parts.append(f"{head}, {work}\n\n" + "\n".join(lines))
+  return "\n\n".join(parts)
+
+
+def parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("cases", nargs="*", default=CASES, help="CONFIG[,KEY=VALUE ...]")
+  parser.add_argument("--reference", type=pathlib.Path, help="checkout of the reference")
+  parser.add_argument("--reference_python", default=sys.executable, help="interpreter with torch")
+  parser.add_argument("--peers", default="eager", help="eager, compile, or both by a comma")
+  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
+  parser.add_argument("--steps", type=int, default=10)
+  parser.add_argument("--worker", help=argparse.SUPPRESS)
+  return parser.parse_args()
+
+
+def main() -> None:
+  options = parse()
+  if options.worker:
+    print(json.dumps(run_jepax(options.worker, warmup=options.warmup, steps=options.steps)))
+    return
+  if options.reference is None or not (options.reference / "src" / "train.py").is_file():
+    raise SystemExit("--reference must be a checkout of facebookresearch/ijepa")
+  environment = dict(os.environ)
+  os.environ["JAX_PLATFORMS"] = "cpu"  # this process only looks at shapes
+  from jepax.versions import environment as versions
+
+  results = []
+  for spec in options.cases:
+    case = Case.of(spec)
+    rows = compare(case, options, environment)
+    results.append({"case": dataclasses.asdict(case), "rows": rows})
+    print(table(results[-1:]), flush=True)
+  notes = {"date": datetime.date.today().isoformat(), "command": " ".join(sys.argv), **versions()}
+  path = HERE / "results" / "step_time.json"
+  path.write_text(json.dumps({"notes": notes, "results": results}, indent=1) + "\n")
+  text = ["# A training step beside the reference's", table(results)]
+  text.append("\n".join(f"- {name}: {value}" for name, value in notes.items()))
+  path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+  main()

@@ -21,7 +21,7 @@ fi
 # This shell is process 1 of the container: SIGTERM reaches it alone. A second one jepax would die of.
 python -m jepax.main "$@" &
 child=$! stopped=no
-trap 'trap : TERM; stopped=yes; kill -TERM "$child"' TERM
+trap 'trap "" TERM; stopped=yes; kill -TERM "$child"' TERM
 status=0
 wait "$child" || status=$?
 if [[ $stopped == yes ]]; then # the trap ended the first wait

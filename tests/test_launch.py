@@ -298,6 +298,9 @@ def test_gke_pod_hands_the_signal_on_once(fakes, tmp_path):
   wait_for((fakes.folder / "ready").exists)
   process.send_signal(signal.SIGTERM)
   wait_for((fakes.folder / "signals").exists)
+  process.send_signal(signal.SIGTERM)
+  time.sleep(0.5)  # time enough to die of it, or to hand it on
+  assert process.poll() is None
   (fakes.folder / "end").touch()
   assert process.wait(timeout=60) == 143
   assert (fakes.folder / "signals").read_text() == "saved\n"

@@ -3,8 +3,8 @@
 What is counted are matrix products and convolutions of real numbers, two operations for each
 multiplication with its addition, as many as the program makes: three times the forward pass of what
 is trained (less the gradient of the images, which nobody asks for), once what gets no gradient, and
-of the tokens that masks hide only those slots that are computed. Elementwise work is left out: it is
-not what a chip's peak is made of.
+only the tokens that are computed where masks hide others. Elementwise work is left out: a chip's
+peak is not made of it.
 """
 
 from __future__ import annotations

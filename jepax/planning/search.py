@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 MOST_TRIES = 8
-CLOSE = 0.05  # a largest batch known to 5 % is known well enough
+CLOSE = 0.1  # a largest batch known to 10 % is known well enough
+FARTHEST = 8  # times the largest known to fit: how far a line through what is known is trusted
 
 
 def largest(
@@ -19,8 +21,10 @@ def largest(
 ) -> dict[int, float]:
   """Tries multiples of `unit` until the largest that fits and the smallest that doesn't are near.
 
-  Memory grows nearly in a straight line with the batch, so each guess follows the line through the
-  two nearest sizes known; the bracket around the answer is kept as in bisection.
+  Memory grows in nearly a straight line with the batch until the compiler starts to save it. So the
+  batch at least doubles until one fails, which compilers find quickly; from there on guesses follow
+  the line between what fits and what doesn't, a little to the side that has not been seen, and
+  every third is in the middle, lest a crooked line be followed for ever.
 
   Args:
     need: batch -> bytes on each device.
@@ -34,13 +38,21 @@ def largest(
     All that is known in the end: `known` and each batch tried.
   """
   known = dict(known)
-  for _ in range(MOST_TRIES):
+  for tries in range(MOST_TRIES):
     low, high = bracket(known, capacity=capacity)
-    high = (most // unit + 1) * unit if high is None else high
-    if high - low <= max(unit, low * CLOSE):
+    limit = (most // unit + 1) * unit if high is None else high
+    margin = max(unit, low * CLOSE)
+    if limit - low <= margin:
       break
-    guess = _on_line(known, base=base, capacity=capacity) // unit * unit
-    guess = int(min(max(guess, low // unit * unit + unit), (high - 1) // unit * unit))
+    points = {0: base, **known}
+    if high is None:
+      guess = min(max(_on_line(points, 0, low, capacity), 2 * low), FARTHEST * low)
+    elif tries % 3 == 2:
+      guess = math.sqrt(max(low, unit) * high)
+    else:
+      guess = _on_line(points, low, high, capacity)
+    guess = min(max(guess, low + margin), limit - margin)
+    guess = max(int(guess) // unit, low // unit + 1) * unit
     known[guess] = need(guess)
   return known
 
@@ -52,9 +64,7 @@ def bracket(known: dict[int, float], *, capacity: float) -> tuple[int, int | Non
   return low, high
 
 
-def _on_line(known: dict[int, float], *, base: float, capacity: float) -> float:
-  """The batch whose need is the capacity, if the two sizes nearest to it lie on a line."""
-  points = sorted({0: base, **known}.items(), key=lambda point: abs(point[1] - capacity))[:2]
-  (b0, n0), (b1, n1) = points
-  slope = (n1 - n0) / (b1 - b0)
-  return b0 + (capacity - n0) / slope if slope > 0 else (b0 + b1) / 2
+def _on_line(points: dict[int, float], b0: int, b1: int, capacity: float) -> float:
+  """The batch whose need is the capacity on the line through those of b0 and b1."""
+  slope = (points[b1] - points[b0]) / (b1 - b0)
+  return b0 + (capacity - points[b0]) / slope if slope > 0 else FARTHEST * b1

@@ -127,8 +127,9 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
     return init_state(method, tx, key, {"image": jnp.zeros(image.shape, image.dtype)})
 
   step = make_train_step(method, tx, accumulate=config.accumulate)
+  key = jax.eval_shape(jax.random.key, 0)  # a real one lies on devices, which a plan's mesh has not
   with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(init, jax.random.key(0))
+    abstract = jax.eval_shape(init, key)
     _, metrics = jax.eval_shape(step, abstract, {"image": image})
   placement = sharding.state_shardings(mesh, abstract)
   replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)

@@ -1,0 +1,1 @@
+"""What a run needs, found by compiling it ahead of time for chips that are not there."""

@@ -146,8 +146,8 @@ def build(config: ConfigDict) -> Data:
   _check(config)
   train, test = _SOURCES[config.source](config)
   names = {"tfds": config.name, "embedded": "embedded Fashion-MNIST"}
-  name = names[config.source] if config.source in names else config.path
-  return _assemble(train, test, config, name=name)
+  names |= {"folder": config.path, "shards": config.path}
+  return _assemble(train, test, config, name=names[config.source])
 
 
 def _embedded(config: ConfigDict) -> tuple[Source, Source | None]:

@@ -1,12 +1,14 @@
-"""Decoding and resizing by OpenCV: two to three times the speed of Pillow, other pixels.
+"""Decoding and resizing by OpenCV: faster than by Pillow, to pixels that differ a little.
 
 OpenCV decodes the 8-bit grey and colour JPEGs that are whole; every other file goes through
 `decode.decode`, so that damage, transparency, palettes, CMYK and 16 bits have one treatment. A JPEG
 is decoded at a half, a quarter or an eighth (in the DCT, at a fraction of the cost) where the crop
 still has at least the pixels that are wanted of it.
 
-OpenCV's own linear and cubic interpolation do not antialias, and its area interpolation costs as
-much as decoding; `resize` has a form that is fast and within a level or so of Pillow's.
+OpenCV's own linear and cubic interpolation do not antialias, and its area interpolation costs more
+than decoding; `resize` smooths just enough before it interpolates. A crop of a 500x375 photo to 224
+took 0.25 ms in this way, 0.77 by area, 0.12 by linear interpolation alone and 1.0 by Pillow, on one
+core; the rms difference to Pillow's pixels was 1.2, 1.5 and 3.2 of 255 (benchmarks/input.py).
 """
 
 from __future__ import annotations

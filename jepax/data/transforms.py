@@ -4,8 +4,8 @@ decoder='pillow' gives the pixels torchvision gives on PIL images. Images are de
 decoding JPEGs at a half or a quarter (Pillow's `draft`) and shrinking in two steps (`reducing_gap`)
 are quicker, but change pixels, and released models were trained without.
 
-decoder='opencv' draws the same crops and is two to three times as fast; what it does, and by how
-much its pixels differ, stands in `jepax.data.opencv`.
+decoder='opencv' draws the same crops and is faster; what it does, and by how much its pixels
+differ, stands in `jepax.data.opencv`.
 """
 
 from __future__ import annotations

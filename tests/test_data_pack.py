@@ -230,8 +230,8 @@ def test_batches_do_not_depend_on_processes_threads_or_the_start(packed, decoder
       return [(batch["image"], batch["label"]) for batch in loader]
 
   whole = load()
-  two = [load(process_index=p, process_count=2, threads=3) for p in (0, 1)]
-  resumed = load(start=3, process_index=2, process_count=4)
+  two = [load(rows=rows, threads=3) for rows in ([0, 1], [2, 3])]  # of two processes
+  resumed = load(start=3, rows=[2])  # on the third of four
   for step, batch in enumerate(whole):
     for part in range(2):
       np.testing.assert_array_equal(

@@ -212,9 +212,10 @@ class Trainer:
       else:
         self.progress.message(f"going on from step {start} of {total}")
       self.timer = StepTimer(run.config.batch_size, start_step=start)
+      metrics = {}
       self.timed = start  # the step that the current timing interval began at
       for step in range(start + 1, total + 1):
-        with self.timer.waiting():
+        with self.timer.waiting(metrics):
           batch = next(loader)
         # Only images reach the step: no loss can read a label.
         batch = sharding.global_batch({"image": batch["image"]}, run.batch_sharding)

@@ -10,6 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -326,6 +327,8 @@ class StepTimer:
       clock: seconds, for tests.
     """
     self._batch_size, self._clock = batch_size, clock
+    # Sees the device fall idle while the training thread waits for its batch.
+    self._watcher = ThreadPoolExecutor(1, "step timer")
     self.reset(start_step)
 
   def reset(self, step: int) -> None:
@@ -333,13 +336,29 @@ class StepTimer:
     self._step, self._begin, self._waited, self._paused = step, self._clock(), 0.0, 0.0
 
   @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """Counts the block as waiting for input."""
+  def waiting(self, running: Any = ()) -> Iterator[None]:
+    """Counts the block as waiting for input, from when the device has nothing else to do.
+
+    Args:
+      running: arrays of the step before, which the device may be computing still: as long as it
+        is, nobody waits.
+    """
     begin = self._clock()
+    busy = not all(array.is_ready() for array in jax.tree.leaves(running))
+    idle = self._watcher.submit(self._finished, running) if busy else None
     try:
       yield
     finally:
-      self._waited += self._clock() - begin
+      end = self._clock()
+      if idle is None:
+        self._waited += end - begin
+      elif idle.done():
+        self._waited += max(0.0, end - idle.result())
+
+  def _finished(self, running: Any) -> float:
+    """The time at which arrays are there."""
+    jax.block_until_ready(running)
+    return self._clock()
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:

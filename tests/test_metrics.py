@@ -6,13 +6,17 @@ import importlib.util
 import io
 import json
 import sys
+import time
 import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
+from jepax.data.loader import Loader
+from jepax.data.sources import ArraySource
 from jepax.metrics import Progress, StepTimer, Writer, read_history
 
 
@@ -215,3 +219,53 @@ def test_step_timer_counts_waits_and_leaves_out_pauses():
     "time/step_seconds": 1.0,
     "input/wait": 0.0,
   }
+
+
+class Busy:
+  """An array that the device finishes computing `seconds` from now."""
+
+  def __init__(self, seconds):
+    self.end = time.monotonic() + seconds
+
+  def is_ready(self):
+    return time.monotonic() >= self.end
+
+  def block_until_ready(self):
+    time.sleep(max(0, self.end - time.monotonic()))
+
+
+@pytest.mark.parametrize(
+  "computing, loading, waited", [(0, 0.4, 0.4), (0.2, 0.5, 0.3), (0.4, 0.2, 0)]
+)
+def test_the_device_waits_only_while_it_has_nothing_to_do(computing, loading, waited):
+  timer = StepTimer(32, start_step=0)
+  begin = time.perf_counter()
+  with timer.waiting({"train/loss": Busy(computing)}):
+    time.sleep(loading)
+  seconds = time.perf_counter() - begin
+  # A loaded machine wakes sleepers late: by less than a tenth of a second.
+  assert timer.summary(1)["input/wait"] == pytest.approx(waited / seconds, abs=0.1 / seconds)
+
+
+def test_a_slow_source_shows_as_input_wait():
+  class Slow(ArraySource):
+    def __getitem__(self, index):
+      time.sleep(0.02)
+      return super().__getitem__(index)
+
+  def share(source, work):
+    timer = StepTimer(4, start_step=0)
+    options = {"batch_size": 4, "seed": 0, "start": 0, "stop": 6, "threads": 1, "prefetch": 1}
+    # A transform makes the loader read by the item.
+    with Loader(source, lambda image, rng: image, max_bad_fraction=0.0, **options) as loader:
+      for _ in range(6):
+        with timer.waiting():
+          next(loader)
+        time.sleep(work)
+    return timer.summary(6)["input/wait"]
+
+  images = np.zeros((24, 4, 4), np.uint8)
+  assert share(Slow(images), work=0.0) > 0.9  # 80 ms a batch, and nothing to do meanwhile
+  # 40 ms of work hide as much of the 80; the first batch has no work before it.
+  assert 0.4 < share(Slow(images), work=0.04) < 0.8
+  assert share(ArraySource(images), work=0.04) < 0.2

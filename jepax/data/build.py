@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict, config_dict
 
+from jepax.data import opencv
+from jepax.data.shards import ShardSource, is_packed, open_shards
 from jepax.data.sources import (
   ArraySource,
   FolderSource,
@@ -18,7 +20,7 @@ from jepax.data.sources import (
   open_tfds,
   scan_folder,
 )
-from jepax.data.transforms import INTERPOLATIONS, CenterCrop, RandomResizedCrop, Transform
+from jepax.data.transforms import DECODERS, INTERPOLATIONS, CenterCrop, RandomResizedCrop, Transform
 from jepax.names import nearest, one_of
 
 _EVAL_FOLDERS = ("val", "validation", "test")
@@ -28,9 +30,9 @@ _STATISTICS_IMAGES = 2000
 def defaults() -> ConfigDict:
   """The data section of a config: the embedded Fashion-MNIST subset."""
   config = ConfigDict()
-  config.source = "embedded"  # 'embedded', 'tfds' or 'folder'
+  config.source = "embedded"  # 'embedded', 'tfds', 'folder' or 'shards' (see jepax.data.pack)
   config.name = config_dict.placeholder(str)  # TFDS name, 'imagenet2012'
-  config.path = config_dict.placeholder(str)  # root of the folder, or data_dir of TFDS
+  config.path = config_dict.placeholder(str)  # root of the folder or shards, or data_dir of TFDS
   config.label = "label"  # TFDS feature of the class; clevr_count and clevr_distance of CLEVR
   config.train_split = "train"  # TFDS split or slice, or sub-folder
   config.eval_split = "test"  # the same for held-out examples; '' for none
@@ -43,6 +45,7 @@ def defaults() -> ConfigDict:
   config.eval_resize = 256 / 224  # held-out: shorter side to size * this, then the middle
   config.mean = (0.2860,)  # per channel, of pixels in [0, 1]
   config.std = (0.3530,)
+  config.decoder = "pillow"  # torchvision's pixels; 'opencv' is faster and needs jepax[opencv]
   config.threads = 8  # batches decoded at the same time
   config.prefetch = 8  # batches held ready
   config.max_bad_fraction = 0.01  # share of unreadable examples above which a run stops
@@ -141,8 +144,9 @@ def build(config: ConfigDict) -> Data:
     ValueError: a wrong key or value, a missing or empty folder, a TFDS set not prepared.
   """
   _check(config)
-  train, test = {"embedded": _embedded, "tfds": _tfds, "folder": _folder}[config.source](config)
-  names = {"tfds": config.name, "folder": config.path, "embedded": "embedded Fashion-MNIST"}
+  train, test = _SOURCES[config.source](config)
+  names = {"tfds": config.name, "embedded": "embedded Fashion-MNIST"}
+  names |= {"folder": config.path, "shards": config.path}
   return _assemble(train, test, config, name=names[config.source])
 
 
@@ -192,6 +196,24 @@ def _folder(config: ConfigDict) -> tuple[Source, Source | None]:
   )
 
 
+def _shards(config: ConfigDict) -> tuple[Source, Source | None]:
+  """The sets in the sub-folders of the splits, or one set of which a share is held out."""
+  if not config.path:
+    raise ValueError("data.source='shards' needs data.path, what `python -m jepax.data.pack` wrote")
+  root = Path(config.path).expanduser()
+  if is_packed(root):
+    source = open_shards(root, channels=config.channels)
+    if not config.eval_split or not config.eval_fraction:
+      return source, None
+    return _hold_out(source, fraction=config.eval_fraction)
+  source = open_shards(root / config.train_split, channels=config.channels)
+  if not config.eval_split:
+    return source, None
+  evals = [name for name in (config.eval_split, *_EVAL_FOLDERS) if is_packed(root / name)]
+  test = root / (evals[0] if evals else config.eval_split)
+  return source, open_shards(test, channels=config.channels, class_names=source.class_names)
+
+
 def _split_folders(root: Path, config: ConfigDict) -> tuple[Path | None, Path | None]:
   """The sub-folders that are splits. A lone 'train' among others is a class (of vehicles)."""
   found = {path.name for path in root.iterdir() if path.is_dir()} if root.is_dir() else set()
@@ -203,7 +225,9 @@ def _split_folders(root: Path, config: ConfigDict) -> tuple[Path | None, Path | 
   return (root / config.train_split if len(found) == 1 else None), None
 
 
-def _hold_out(source: FolderSource, *, fraction: float) -> tuple[FolderSource, FolderSource]:
+def _hold_out(
+  source: FolderSource | ShardSource, *, fraction: float
+) -> tuple[FolderSource | ShardSource, FolderSource | ShardSource]:
   """Splits off the same share of every class, at least one image of it, the same ones always."""
   labels = np.zeros(len(source), np.int32) if source.labels is None else source.labels
   rng = np.random.default_rng(0)  # not the run's seed: all runs on a folder share one split
@@ -220,14 +244,17 @@ def _hold_out(source: FolderSource, *, fraction: float) -> tuple[FolderSource, F
   return source.subset(np.flatnonzero(~held)), source.subset(np.flatnonzero(held))
 
 
+_SOURCES = {"embedded": _embedded, "tfds": _tfds, "folder": _folder, "shards": _shards}
+
+
 def _assemble(train: Source, test: Source | None, config: ConfigDict, *, name: str) -> Data:
-  size, interpolation = config.size, config.interpolation
-  train_transform: Transform | None = CenterCrop(size, interpolation=interpolation)
-  eval_transform: Transform | None = CenterCrop(size, config.eval_resize, interpolation)
+  size, how = config.size, (config.interpolation, config.decoder)
+  train_transform: Transform | None = CenterCrop(size, 1.0, *how)
+  eval_transform: Transform | None = CenterCrop(size, config.eval_resize, *how)
   sized = [_has_size(source, size) for source in (train, test) if source is not None]
   scale, ratio = tuple(config.crop_scale), tuple(config.crop_ratio)
   if scale != (1.0, 1.0):
-    train_transform = RandomResizedCrop(size, scale, ratio, interpolation)
+    train_transform = RandomResizedCrop(size, scale, ratio, *how)
   elif sized[0]:
     train_transform = None
   train, test = (_with_channels(source, config.channels) for source in (train, test))
@@ -289,7 +316,10 @@ def _check(config: ConfigDict) -> None:
     raise ValueError(f"data.{key} is unknown{nearest(key, known)}; allowed: {sorted(known)}")
   if missing := sorted(known - set(config)):
     raise ValueError(f"data lacks the keys {missing}; start from jepax.data.build.defaults()")
-  one_of(config.source, ("embedded", "tfds", "folder"), where="data.source")
+  one_of(config.source, _SOURCES, where="data.source")
+  one_of(config.decoder, DECODERS, where="data.decoder")
+  if config.decoder == "opencv":
+    opencv.require()
   one_of(config.interpolation, INTERPOLATIONS, where="data.interpolation")
   c = config.channels
   for key, right, allowed in (

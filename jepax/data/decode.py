@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import struct
 import zlib
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # What Pillow raises on files that are damaged, cut short, missing or no image at all.
-_UNREADABLE = (
+UNREADABLE = (
   OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error,
   Image.DecompressionBombError,
 )  # fmt: skip
@@ -19,6 +20,31 @@ _UNREADABLE = (
 
 class BadExample(Exception):
   """An example that can't be read; the loader skips it, counts it and names it once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """An image that is not decoded yet.
+
+  file: its path, or its bytes. channels: 1 or 3, wanted of its pixels. name: for errors.
+  """
+
+  file: Path | bytes
+  channels: int
+  name: str
+
+  def read(self) -> bytes:
+    """The bytes; raises BadExample."""
+    if isinstance(self.file, bytes):
+      return self.file
+    try:
+      return self.file.read_bytes()
+    except OSError as error:
+      raise BadExample(f"{self.name}: {type(error).__name__}: {error}") from error
+
+  def decode(self) -> np.ndarray:
+    """The pixels, u8[h w channels], by Pillow; raises BadExample."""
+    return decode(self.file, channels=self.channels, name=self.name)
 
 
 def decode(file: Path | str | bytes, *, channels: int, name: str) -> np.ndarray:
@@ -41,9 +67,19 @@ def decode(file: Path | str | bytes, *, channels: int, name: str) -> np.ndarray:
   try:
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
       pixels = np.asarray(_convert(ImageOps.exif_transpose(image), channels))
-  except _UNREADABLE as error:
+  except UNREADABLE as error:
     raise BadExample(f"{name}: {type(error).__name__}: {error}") from error
   return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def check(data: bytes, *, name: str) -> None:
+  """Raises BadExample where `decode` would; twice as fast on JPEGs, whose pixels stay undecoded."""
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      image.draft(image.mode, (1, 1))
+      _convert(ImageOps.exif_transpose(image), 3)
+  except UNREADABLE as error:
+    raise BadExample(f"{name}: {type(error).__name__}: {error}") from error
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:

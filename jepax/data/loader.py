@@ -19,8 +19,8 @@ import numpy as np
 from absl import logging
 
 from jepax.data.decode import BadExample
-from jepax.data.sources import ArraySource, Example, Source
-from jepax.data.transforms import Transform
+from jepax.data.sources import ArraySource, EncodedSource, Example, Source
+from jepax.data.transforms import Transform, decodes
 
 # Shares of unreadable examples are judged, and searches for a readable one given up, at this many.
 _ENOUGH_READS = 1000
@@ -84,11 +84,7 @@ class _BatchReader:
       return _Loaded(self.source.rows(index[self.rows]))
     examples, bad = [], []
     for row in self.rows.tolist():
-      example = self._read(step, row, bad)
-      if self.transform is not None:
-        rng = np.random.default_rng((self.seed, step, row, _CROP))
-        example = {**example, "image": self.transform(example["image"], rng)}
-      examples.append(example)
+      examples.append(self._read(step, row, bad))
     return _Loaded(stack(examples), tuple(bad))
 
   def _read(self, step: int, row: int, bad: list[tuple[int, str]]) -> Example:
@@ -100,12 +96,23 @@ class _BatchReader:
     for offset in range(tries):
       index = int(order[(first + offset) % n])
       try:
-        return self.source[index]
+        return _fetch(self.source, self.transform, index, (self.seed, step, row, _CROP))
       except BadExample as error:
         reason = str(error)
       if offset == 0:  # a replacement that is bad is counted in its own turn
         bad.append((index, reason))
     raise ValueError(f"{tries} examples in a row can't be read (of {n}); the last: {reason}")
+
+
+def _fetch(
+  source: Source, transform: Transform | None, index: int, key: tuple[int, ...]
+) -> Example:
+  """Reads and transforms one example, with randomness from `key`; raises BadExample."""
+  if transform is None:
+    return source[index]
+  encoded = decodes(transform) and isinstance(source, EncodedSource)
+  example = source.encoded(index) if encoded else source[index]
+  return {**example, "image": transform(example["image"], np.random.default_rng(key))}
 
 
 class Loader:
@@ -285,13 +292,9 @@ def _read_for_probe(
   source: Source, transform: Transform | None, seed: int, index: np.integer
 ) -> Example | BadExample:
   try:
-    example = source[int(index)]
+    return _fetch(source, transform, int(index), (seed, int(index), 0, _CROP))
   except BadExample as error:
     return error
-  if transform is None:
-    return example
-  rng = np.random.default_rng((seed, int(index), 0, _CROP))
-  return {**example, "image": transform(example["image"], rng)}
 
 
 def balanced_order(labels: np.ndarray | None, *, n: int, seed: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jepax.data import clevr
-from jepax.data.decode import BadExample, convert_channels, decode
+from jepax.data.decode import BadExample, Encoded, convert_channels
 
 Example = dict[str, Any]  # image u8[h w c], and label int where the source has labels
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -40,6 +40,20 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Example:
     """Reads one example; raises BadExample when it can't be read."""
     ...
+
+
+class EncodedSource:
+  """What sources of encoded images share: decoding by Pillow, unless a transform does it.
+
+  Subclasses have `encoded(index) -> Example`, whose image is an `Encoded` (or pixels, where the
+  set is stored so), and which raises BadExample when it can't be read.
+  """
+
+  def __getitem__(self, index: int) -> Example:
+    example = self.encoded(index)
+    if isinstance(example["image"], Encoded):
+      return {**example, "image": example["image"].decode()}
+    return example
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,7 +125,7 @@ def embedded(split: str) -> ArraySource:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FolderSource:
+class FolderSource(EncodedSource):
   """Image files below a folder, decoded when read."""
 
   root: Path
@@ -123,9 +137,9 @@ class FolderSource:
   def __len__(self) -> int:
     return len(self.files)
 
-  def __getitem__(self, index: int) -> Example:
+  def encoded(self, index: int) -> Example:
     path = self.root / self.files[index]
-    out = {"image": decode(path, channels=self.channels, name=str(path))}
+    out = {"image": Encoded(path, self.channels, str(path))}
     return out if self.labels is None else {**out, "label": self.labels[index]}
 
   def subset(self, index: np.ndarray) -> FolderSource:
@@ -191,7 +205,7 @@ def _raise(error: OSError) -> None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TfdsSource:
+class TfdsSource(EncodedSource):
   """A prepared TFDS split, read by index; images are decoded here, when read."""
 
   records: Any  # tfds data source whose images are left encoded
@@ -205,8 +219,8 @@ class TfdsSource:
   def __len__(self) -> int:
     return len(self.records)
 
-  def __getitem__(self, index: int) -> Example:
-    return self._example(self.records[int(index)], index)
+  def encoded(self, index: int) -> Example:
+    return self._encoded(self.records[int(index)], index)
 
   def read_all(self) -> ArraySource:
     """Reads the split into memory; needs images of one size. Raises BadExample."""
@@ -214,15 +228,16 @@ class TfdsSource:
     for start in range(0, len(self), 1024):  # array_record reads many at once 6 times faster
       keys = range(start, min(start + 1024, len(self)))
       for key, record in zip(keys, self.records.__getitems__(keys), strict=True):
-        example = self._example(record, key)
-        images.append(example["image"])
+        example = self._encoded(record, key)
+        image = example["image"]
+        images.append(image.decode() if isinstance(image, Encoded) else image)
         labels += [example["label"]] if "label" in example else []
     return ArraySource(np.stack(images), np.array(labels) if labels else None, self.class_names)
 
-  def _example(self, record: dict[str, Any], index: int) -> Example:
-    image, name = record["image"], f"{self.name}[{index}]"
+  def _encoded(self, record: dict[str, Any], index: int) -> Example:
+    image = record["image"]
     if isinstance(image, bytes):
-      image = decode(image, channels=self.channels, name=name)
+      image = Encoded(image, self.channels, f"{self.name}[{index}]")
     else:
       image = convert_channels(image[None], channels=self.channels)[0]
     return (

@@ -1,8 +1,11 @@
-"""Host transforms: one decoded image of any size to u8[size size c], resized with antialiasing.
+"""Host transforms: one image of any size to u8[size size c], resized with antialiasing.
 
-Both give the pixels torchvision gives on PIL images. Images are decoded at full size: decoding
-JPEGs at a half or a quarter (Pillow's `draft`) and shrinking in two steps (`reducing_gap`) are
-quicker, but change pixels, and released models were trained without.
+decoder='pillow' gives the pixels torchvision gives on PIL images. Images are decoded at full size:
+decoding JPEGs at a half or a quarter (Pillow's `draft`) and shrinking in two steps (`reducing_gap`)
+are quicker, but change pixels, and released models were trained without.
+
+decoder='opencv' draws the same crops and is faster; what it does, and by how much its pixels
+differ, stands in `jepax.data.opencv`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from jepax.data import opencv
+from jepax.data.decode import Encoded
+
+DECODERS = ("pillow", "opencv")
 INTERPOLATIONS = {
   "bilinear": Image.Resampling.BILINEAR,
   "bicubic": Image.Resampling.BICUBIC,
@@ -27,6 +34,12 @@ class Transform(Protocol):
   def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray: ...
 
 
+def decodes(transform: Transform | None) -> bool:
+  """Whether a transform also takes images that are not decoded yet, and is faster on them."""
+  ours = isinstance(transform, RandomResizedCrop | CenterCrop)
+  return ours and transform.decoder == "opencv"
+
+
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
   """A crop of random area and aspect, resized to a square.
@@ -35,6 +48,7 @@ class RandomResizedCrop:
   scale: range of the crop's area, fraction of the image.
   ratio: range of width / height, log-uniform.
   interpolation: 'bilinear' or 'bicubic'.
+  decoder: 'pillow', as torchvision; or 'opencv', which also takes what is not decoded yet.
   Source: torchvision.transforms.RandomResizedCrop (10 tries, then the largest centre crop).
   """
 
@@ -42,8 +56,13 @@ class RandomResizedCrop:
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   interpolation: str = "bilinear"
+  decoder: str = "pillow"
 
-  def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  def __call__(self, image: np.ndarray | Encoded, rng: np.random.Generator) -> np.ndarray:
+    if self.decoder == "opencv":
+      picture, size = opencv.Picture.of(image), (self.size, self.size)
+      crop = picture.crop(self.box(picture.height, picture.width, rng), at_least=size)
+      return opencv.resize(crop, size, interpolation=self.interpolation)
     top, left, height, width = self.box(*image.shape[:2], rng)
     # Cut before resizing: with resize(box=...) pixels outside the crop bleed into its border.
     crop = image[top : top + height, left : left + width]
@@ -69,24 +88,38 @@ class CenterCrop:
   size: pixels of the square's side.
   resize: at least 1; 256/224 is the common choice of evaluation, 1 the largest square.
   interpolation: 'bilinear' or 'bicubic'.
+  decoder: 'pillow', as torchvision; or 'opencv', which also takes what is not decoded yet.
   Source: torchvision.transforms.Resize and CenterCrop.
   """
 
   size: int
   resize: float = 1.0
   interpolation: str = "bilinear"
+  decoder: str = "pillow"
 
-  def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  def __call__(self, image: np.ndarray | Encoded, rng: np.random.Generator) -> np.ndarray:
     del rng
+    if self.decoder == "opencv":
+      return self._by_opencv(opencv.Picture.of(image))
     height, width = image.shape[:2]
-    short = round(self.size * self.resize)
-    new_width = max(short, short * width // height)
-    new_height = max(short, short * height // width)
+    new_height, new_width = self._whole(height, width)
     # The square in pixels of the source: the same numbers as resizing all and then cutting.
     x, y = width / new_width, height / new_height
     left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
     box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
     return resize(image, (self.size, self.size), interpolation=self.interpolation, box=box)
+
+  def _by_opencv(self, picture: opencv.Picture) -> np.ndarray:
+    new = self._whole(picture.height, picture.width)
+    whole = picture.crop((0, 0, picture.height, picture.width), at_least=new)
+    whole = opencv.resize(whole, new, interpolation=self.interpolation)
+    top, left = (round((n - self.size) / 2) for n in new)
+    return np.ascontiguousarray(whole[top : top + self.size, left : left + self.size])
+
+  def _whole(self, height: int, width: int) -> tuple[int, int]:
+    """The size that the whole image is resized to."""
+    short = round(self.size * self.resize)
+    return max(short, short * height // width), max(short, short * width // height)
 
 
 def resize(

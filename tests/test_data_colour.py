@@ -34,6 +34,7 @@ def random() -> np.ndarray:
 
 
 PICTURES = np.concatenate([real(), random()])
+PIXELS = jnp.asarray(PICTURES, jnp.float32) / 255
 
 
 def levels(image: np.ndarray) -> np.ndarray:
@@ -51,23 +52,21 @@ def levels(image: np.ndarray) -> np.ndarray:
   ],
 )
 def test_enhancers_equal_pillow_within_one_level(operation, enhancer, factor):
-  for picture in PICTURES:
-    expected = np.asarray(enhancer(Image.fromarray(picture)).enhance(factor), np.float64)
-    found = levels(operation(jnp.asarray(picture, jnp.float32) / 255, factor))
-    assert np.abs(found - expected).max() <= 1
+  found = levels(jax.vmap(operation, in_axes=(0, None))(PIXELS, factor))
+  expected = [np.asarray(enhancer(Image.fromarray(p)).enhance(factor)) for p in PICTURES]
+  assert np.abs(found - np.array(expected, np.float64)).max() <= 1
 
 
 def test_grey_equals_pillow_within_one_level():
-  for picture in PICTURES:
-    expected = np.asarray(Image.fromarray(picture).convert("L"), np.float64)[..., None]
-    found = np.asarray(colour.grey(jnp.asarray(picture, jnp.float32) / 255)) * 255
-    assert found.shape == picture.shape
-    assert np.abs(found - expected).max() <= 0.51  # Pillow rounds to the nearest level
+  found = np.asarray(jax.vmap(colour.grey)(PIXELS)) * 255
+  expected = [np.asarray(Image.fromarray(p).convert("L"))[..., None] for p in PICTURES]
+  assert found.shape == PICTURES.shape
+  assert np.abs(found - np.array(expected, np.float64)).max() <= 0.51  # rounded to the nearest
 
 
 def test_solarise_equals_pillow_exactly():
-  steps = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, -1)
-  for picture in (*PICTURES, steps):
+  every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, -1)
+  for picture in (every, *PICTURES[:2]):
     expected = np.asarray(ImageOps.solarize(Image.fromarray(picture), threshold=128))
     found = np.asarray(colour.solarise(jnp.asarray(picture, jnp.float32) / 255)) * 255
     np.testing.assert_allclose(found, expected, atol=1e-3)  # float32 rounding of 255
@@ -75,23 +74,24 @@ def test_solarise_equals_pillow_exactly():
 
 @pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.07, 0.5])
 def test_hue_equals_colorsys(shift):
-  for picture in PICTURES[:, ::3, ::3]:
-    found = np.asarray(colour.hue(jnp.asarray(picture, jnp.float32) / 255, shift))
-    for pixel, rgb in zip(found.reshape(-1, 3), picture.reshape(-1, 3) / 255, strict=True):
-      h, s, v = colorsys.rgb_to_hsv(*rgb)
-      # A hue that is ill-defined, of a dark or nearly grey pixel, moves the pixel by as little.
-      np.testing.assert_allclose(pixel, colorsys.hsv_to_rgb((h + shift) % 1, s, v), atol=1e-5)
+  found = np.asarray(jax.vmap(colour.hue, in_axes=(0, None))(PIXELS, shift))
+  expected = []
+  for rgb in PICTURES.reshape(-1, 3) / 255:
+    h, s, v = colorsys.rgb_to_hsv(*rgb)
+    expected.append(colorsys.hsv_to_rgb((h + shift) % 1, s, v))
+  # A hue that is ill-defined, of a dark or nearly grey pixel, moves the pixel by as little.
+  np.testing.assert_allclose(found.reshape(-1, 3), expected, atol=1e-5)
 
 
 def test_hue_is_near_pillows_eight_bit_hsv():
   """The exception to one level: Pillow rounds hue, saturation and value to 8 bits on the way."""
+  found = jax.vmap(colour.hue, in_axes=(0, None))(PIXELS, 25 / 255)
   errors = []
-  for picture in PICTURES:
+  for picture, ours in zip(PICTURES, np.asarray(found) * 255, strict=True):
     h, s, v = Image.fromarray(picture).convert("HSV").split()
-    turned = ((np.asarray(h, int) + int(0.1 * 255)) % 256).astype(np.uint8)
+    turned = ((np.asarray(h, int) + 25) % 256).astype(np.uint8)
     expected = Image.merge("HSV", (Image.fromarray(turned), s, v)).convert("RGB")
-    found = colour.hue(jnp.asarray(picture, jnp.float32) / 255, int(0.1 * 255) / 255)
-    errors.append(np.abs(np.asarray(found) * 255 - np.asarray(expected, float)))
+    errors.append(np.abs(ours - np.asarray(expected, float)))
   # A step of hue is 6 / 256 of the chroma, so up to 6 levels; truncation makes it 2 of them.
   assert np.max(errors) < 12 and np.mean(errors) < 3
 
@@ -99,20 +99,17 @@ def test_hue_is_near_pillows_eight_bit_hsv():
 @pytest.mark.parametrize("box", [(0, 0, 28, 28), (3, 4, 15, 26), (2.3, 7.9, 9.1, 23.4)])
 def test_bicubic_equals_pillow(box):
   top, left, bottom, right = box
-  for picture in real():
+  pictures = real() // 2 + 64  # no overshoot leaves the range, or Pillow would clip between passes
+  resize = functools.partial(crop_resize, height=12, width=20, interpolation="bicubic")
+  inputs = jnp.asarray(pictures, jnp.float32), jnp.array(box, jnp.float32)
+  found = jax.vmap(resize, in_axes=(0, None))(*inputs)
+  for picture, ours in zip(pictures, found, strict=True):
     expected = Image.fromarray(picture).resize(
       (20, 12), Image.Resampling.BICUBIC, box=(left, top, right, bottom)
     )
-    found = crop_resize(
-      jnp.asarray(picture, jnp.float32),
-      jnp.array(box, jnp.float32),
-      height=12,
-      width=20,
-      interpolation="bicubic",
-    )
-    error = np.abs(np.clip(found, 0, 255) - np.asarray(expected, np.float32))
-    # Pillow clips overshoots between its passes too: at the edges of garments some levels.
-    assert error.max() < 12 and np.mean(error) < 0.6
+    # Pillow rounds to whole levels after each of its two passes; the filter's weights, some below
+    # zero, may enlarge the first half level by a quarter: 1.125 levels at most.
+    np.testing.assert_allclose(ours, np.asarray(expected, np.float32), atol=1.13)
 
 
 # --- what an augmentation draws -------------------------------------------------------------

@@ -59,8 +59,8 @@ def epps_pulley(
 
   @jax.checkpoint
   def distance(t, gaussian):
-    mean = lambda wave: jnp.einsum("...bm,b->...m", wave, rows) / count  # noqa: E731
-    return jnp.square(mean(jnp.cos(t * x)) - gaussian) + jnp.square(mean(jnp.sin(t * x)))
+    c, s = (jnp.einsum("...bm,b->...m", wave(t * x), rows) / count for wave in (jnp.cos, jnp.sin))
+    return jnp.square(c - gaussian) + jnp.square(s)
 
   def add(total, node):
     t, gaussian, weight = node

@@ -51,9 +51,10 @@ class TwoViews:
 
   def draw_views(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
     """Every view of every image, f32[b h w c] each, from the step's key."""
-    draw = lambda k: sample_keys(k, batch, count=batch["image"].shape[0])  # noqa: E731
-    keys = jnp.stack([draw(k) for k in jax.random.split(key, len(self.views.crops))])  # [v b]
-    return self.views(keys, batch["image"])
+    images = batch["image"]
+    view_keys = jax.random.split(key, len(self.views.crops))
+    keys = [sample_keys(view_key, batch, count=images.shape[0]) for view_key in view_keys]
+    return self.views(jnp.stack(keys), images)
 
   def pool(self, tokens: jax.Array) -> jax.Array:
     """[b n d] -> [b d]."""

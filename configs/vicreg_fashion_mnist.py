@@ -6,21 +6,8 @@ python -m jepax.main --config=configs/vicreg_fashion_mnist.py
 compares the methods at equal compute.
 """
 
-from quickstart import get_config as quickstart
-
-from jepax.config import parse_arg
+from _two_views import fashion_mnist
 
 
 def get_config(arg=""):
-  c = quickstart(arg)
-  c.method = dict(
-    name="vicreg",
-    encoder=c.method.encoder,
-    expander=(256, 256, 256),
-    views=dict(crop_scale=(0.3, 1.0), flip=0.5, brightness=0.4, contrast=0.4),
-  )
-  c.optim.update(lr=1e-3, weight_decay=0.05, final_weight_decay=0.05)
-  if not parse_arg(arg, smoke=False).smoke:
-    c.total = "500 steps"
-    c.batch_size = 128
-  return c
+  return fashion_mnist(arg, name="vicreg", expander=(256, 256, 256))

@@ -48,6 +48,7 @@ def base() -> ConfigDict:
       final_weight_decay=0.05,  # reached on a cosine
       b1=0.9,  # LARS: momentum
       b2=0.999,
+      unscheduled="",  # part of the parameters that keeps lr throughout: 'predictor' in SimSiam
       clip=0.0,  # largest global norm of the gradient; 0 for none
     )
   )

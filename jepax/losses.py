@@ -48,11 +48,75 @@ def layer_norm(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
   return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
 
 
-def variance_hinge(x: jax.Array, *, epsilon: float = 1e-4) -> jax.Array:
+def normalise(x: jax.Array) -> jax.Array:
+  """x / |x| along the last axis, in float32; vectors of zeros stay zeros."""
+  x = x.astype(jnp.float32)
+  square = jnp.square(x).sum(-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))  # |x| of at least 1e-12
+
+
+def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Cosine of the angle between rows: [b d], [b d] -> f32[b]."""
+  chex.assert_equal_shape([x, y])
+  return (normalise(x) * normalise(y)).sum(-1)
+
+
+def info_nce(x: jax.Array, y: jax.Array, *, temperature: float) -> jax.Array:
+  """In-batch InfoNCE, one direction: row i of x has to find row i among all rows of y.
+
+  mean_i of -log softmax_j(cos(x_i, y_j) / temperature)_i
+
+  Args:
+    x: [b d], the global batch.
+    y: [b d], candidates; the others of the batch are the negatives.
+    temperature: above 0.
+
+  Returns:
+    f32[].
+  """
+  chex.assert_equal_shape([x, y])
+  x, y = normalise(x), normalise(y)
+  logits = matmul(x, y.T) / temperature
+  return jnp.mean(jax.nn.logsumexp(logits, axis=1) - (x * y).sum(-1) / temperature)
+
+
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+  """x @ y in float32 on every device: accelerators would round the factors to 8 or 11 bits."""
+  return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def off_diagonal(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Sum of the squared off-diagonal elements of x^T y.
+
+  The Gram matrices of the smaller side are used: |X^T Y|_F^2 is the sum of (X X^T) * (Y Y^T), so
+  d = 8192 and b = 2048 need 2048 x 2048 matrices and no more.
+
+  Args:
+    x, y: f32[b d].
+
+  Returns:
+    f32[].
+  """
+  chex.assert_equal_shape([x, y])
+  b, d = x.shape
+  total = matmul(x, x.T) * matmul(y, y.T) if b < d else jnp.square(matmul(x.T, y))
+  return total.sum() - jnp.square((x * y).sum(0)).sum()
+
+
+def check_temperature(temperature: float) -> None:
+  """Raises ValueError unless it is above 0."""
+  if not temperature > 0:
+    raise ValueError(f"temperature must be above 0, found {temperature}")
+
+
+def variance_hinge(
+  x: jax.Array, *, valid: jax.Array | None = None, epsilon: float = 1e-4
+) -> jax.Array:
   """VICReg's variance term of one branch: mean over features of relu(1 - std).
 
   Args:
     x: [b d], the global batch, b at least 2.
+    valid: bool[b], rows that count; None for all.
     epsilon: added to the (unbiased) variance.
 
   Returns:
@@ -60,35 +124,36 @@ def variance_hinge(x: jax.Array, *, epsilon: float = 1e-4) -> jax.Array:
 
   Source: arXiv 2105.04906 and facebookresearch/vicreg.
   """
-  _check_batch(x)
-  std = jnp.sqrt(x.astype(jnp.float32).var(0, ddof=1) + epsilon)
+  x, count = _centre(x, valid)
+  std = jnp.sqrt(jnp.square(x).sum(0) / (count - 1) + epsilon)
   return jnp.mean(jax.nn.relu(1 - std))
 
 
-def covariance_penalty(x: jax.Array) -> jax.Array:
+def covariance_penalty(x: jax.Array, *, valid: jax.Array | None = None) -> jax.Array:
   """VICReg's covariance term of one branch: sum of squared off-diagonal covariances over d.
-
-  The Gram matrix of the smaller side is used: |X^T X|_F = |X X^T|_F, so d = 8192 and b = 2048
-  need a 2048 x 2048 matrix and no more.
 
   Args:
     x: [b d], the global batch, b at least 2.
+    valid: bool[b], rows that count; None for all.
 
   Returns:
     f32[], not negative.
 
   Source: arXiv 2105.04906 and facebookresearch/vicreg, which sum the d x d matrix.
   """
-  _check_batch(x)
-  b, d = x.shape
-  x = x.astype(jnp.float32)
-  x = x - x.mean(0)
-  gram = x @ x.T if b < d else x.T @ x
-  diagonal = jnp.square(x).sum(0)  # of the d x d matrix
-  return (jnp.square(gram).sum() - jnp.square(diagonal).sum()) / (b - 1) ** 2 / d
+  x, count = _centre(x, valid)
+  return off_diagonal(x, x) / (count - 1) ** 2 / x.shape[1]
 
 
-def _check_batch(x: jax.Array) -> None:
+def _centre(x: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, jax.Array | int]:
+  """Rows less the mean of the valid ones, the others zero, and how many are valid."""
   chex.assert_rank(x, 2)
   if x.shape[0] < 2:
     raise ValueError(f"a variance over the batch needs 2 samples or more, found {x.shape[0]}")
+  x = x.astype(jnp.float32)
+  if valid is None:
+    return x - x.mean(0), x.shape[0]
+  chex.assert_equal_shape_prefix([x, valid], 1)
+  weight, count = valid[:, None], valid.sum()
+  mean = jnp.where(weight, x, 0).sum(0) / jnp.maximum(count, 1)
+  return jnp.where(weight, x - mean, 0), jnp.maximum(count, 2)

@@ -103,7 +103,7 @@ def build(section: ConfigDict, *, steps: int, warmup: int) -> Optimizer:
     "schedule/learning_rate": lambda step: lr(step + 1),
     "schedule/weight_decay": lambda step: decay(step + 1),
   }
-  rate = optax.scale_by_learning_rate(schedules["schedule/learning_rate"])
+  rate = _rate(schedules["schedule/learning_rate"], section)
   weight_decay = optax.add_decayed_weights(schedules["schedule/weight_decay"], mask=decayed)
   chain = {
     "adamw": [optax.scale_by_adam(b1=section.b1, b2=section.b2), weight_decay, rate],
@@ -113,6 +113,19 @@ def build(section: ConfigDict, *, steps: int, warmup: int) -> Optimizer:
   if section.clip:
     chain.insert(0, optax.clip_by_global_norm(section.clip))
   return Optimizer(optax.chain(*chain), schedules)
+
+
+def _rate(schedule: Schedule, section: ConfigDict) -> optax.GradientTransformation:
+  """Minus the learning rate, constant for one part of the parameters where the config names it."""
+  rate = optax.scale_by_learning_rate(schedule)
+  if not section.unscheduled:
+    return rate
+
+  def labels(params):
+    one_of(section.unscheduled, params, where="optim.unscheduled")
+    return {name: name == section.unscheduled for name in params}
+
+  return optax.partition({False: rate, True: optax.scale_by_learning_rate(section.lr)}, labels)
 
 
 def _check(section: ConfigDict, *, steps: int, warmup: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from jepax.masks.tokens import TokenSet
 from jepax.models.decoder import PixelDecoder
-from jepax.models.heads import Expander
+from jepax.models.heads import MLP, BatchNorm
 from jepax.models.predictor import Predictor
 from jepax.models.transformer import ACTIVATIONS, Block, layer_norm
 from jepax.models.vit import ViT, patchify, sincos2d, vit
@@ -134,7 +134,7 @@ def test_mae_sizes(variant, patch, encoder_size, decoder_size):
 
 def test_expander_size_is_the_references():
   x = jax.ShapeDtypeStruct((2, 2048), jnp.float32)
-  assert count(Expander(widths=(8192, 8192, 8192)), x, train=True) == 151_044_096
+  assert count(MLP(widths=(8192, 8192, 8192)), x) == 151_044_096
 
 
 # --- patches and positions ------------------------------------------------------------------
@@ -306,17 +306,36 @@ def test_variants_can_be_resized():
     vit("hug", patch=4)
 
 
-def test_expander_has_batch_statistics():
-  model = Expander(widths=(8, 4))
+def test_heads_have_batch_statistics():
   x = jnp.asarray(np.random.default_rng(5).normal(size=(6, 3)) * 5 + 2, jnp.float32)
-  p = parameters(model, x, train=True)
-  p["bn0"] = {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
-  stats = {"bn0": {"mean": jnp.zeros(8), "var": jnp.ones(8)}}
-  assert set(p["out"]) == {"kernel"}  # no bias at the end
-  apply = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
-  out, updated = apply({"params": p, "batch_stats": stats}, x)
-  hidden = oracle.linear(p["dense0"], np.asarray(x, np.float64))
-  standard = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
-  close(out, np.maximum(standard, 0) @ p["out"]["kernel"])
-  moved = updated["batch_stats"]["bn0"]["mean"]
-  close(moved, 0.1 * hidden.mean(0))
+
+  def standard(x):
+    return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+
+  for norm in ("none", "plain", "affine"):
+    model = MLP(widths=(8, 4), out_norm=norm)
+    p = parameters(model, x)
+    assert set(p["out"]) == {"kernel"}  # no bias at the end
+    hidden = standard(oracle.linear(p["dense0"], np.asarray(x, np.float64)))
+    hidden = hidden * p["bn0"]["scale"] + p["bn0"]["bias"]
+    expected = np.maximum(hidden, 0) @ p["out"]["kernel"]
+    if norm != "none":
+      expected = standard(expected)
+    if norm == "affine":
+      expected = expected * p["out_bn"]["scale"] + p["out_bn"]["bias"]
+    close(jax.jit(model.apply)({"params": p}, x), expected)
+
+
+def test_what_heads_refuse():
+  with pytest.raises(ValueError, match="out_norm='batch' is unknown"):
+    MLP(widths=(8,), out_norm="batch")
+  with pytest.raises(ValueError, match=r"at least 1, found \(8, 0\)"):
+    MLP(widths=(8, 0))
+
+
+def test_batch_norm_of_a_constant_feature_is_zero():
+  x = jnp.full((4, 2), 1e4)
+  out, grad = jax.value_and_grad(lambda x: jnp.square(BatchNorm(affine=False).apply({}, x)).sum())(
+    x
+  )
+  assert out == 0 and np.all(np.isfinite(grad))

@@ -212,3 +212,23 @@ def test_clip_is_of_the_global_norm():
 def test_errors(changes, message):
   with pytest.raises(ValueError, match=message):
     optim.build(section(**changes), steps=10, warmup=11 if "warmup" in changes else 1)
+
+
+def test_an_unscheduled_part_keeps_its_learning_rate():
+  """SimSiam's predictor: the update is the other part's times lr / lr(step)."""
+  whole = {"encoder": params(), "predictor": params()}
+  grads = {"encoder": gradients(0), "predictor": gradients(0)}
+  optimizer = optim.build(section(unscheduled="predictor"), steps=STEPS, warmup=WARMUP)
+  state = optimizer.tx.init(whole)
+  rate = optimizer.schedules["schedule/learning_rate"]
+  for step in range(3):
+    updates, state = optimizer.tx.update(grads, state, whole)
+    ratio = 1e-3 / float(rate(step))
+    for name, update in flat(updates["encoder"]).items():
+      np.testing.assert_allclose(flat(updates["predictor"])[name], ratio * update, rtol=1e-5)
+
+
+def test_an_unscheduled_part_has_to_exist():
+  optimizer = optim.build(section(unscheduled="predicter"), steps=STEPS, warmup=WARMUP)
+  with pytest.raises(ValueError, match="did you mean 'predictor'"):
+    optimizer.tx.init({"encoder": params(), "predictor": params()})

@@ -14,7 +14,10 @@ from jepax.experiment import Experiment, prepare
 SIZE, BATCH = 16, 16  # 4 x 4 patches of 4 pixels
 
 ENCODER = dict(variant="tiny", patch=4, width=32, depth=1, heads=2, mlp_width=32)
+VIEWS = dict(crop_scale=(0.5, 1.0), flip=0.5, contrast=0.2)
 METHODS = {
+  "barlow_twins": dict(encoder=ENCODER, projector=(32, 16), views=VIEWS, second=dict(blur=0.5)),
+  "byol": dict(encoder=ENCODER, projector=(32, 16), predictor=32, views=VIEWS),
   "ijepa": dict(
     encoder=ENCODER,
     predictor=dict(width=16, depth=1),
@@ -22,10 +25,21 @@ METHODS = {
     views=dict(),
     momentum=(0.9, 1.0),
   ),
-  "mae": dict(encoder=ENCODER, decoder=dict(width=16, depth=1, heads=2), views=dict()),
-  "vicreg": dict(
-    encoder=ENCODER, expander=(32, 16), views=dict(crop_scale=(0.5, 1.0), flip=0.5, contrast=0.2)
+  "lejepa": dict(
+    encoder=ENCODER,
+    projector=(32, 8),
+    slices=16,
+    views=VIEWS,
+    local=dict(size=8, crop_scale=(0.2, 0.5)),
+    local_views=1,
   ),
+  "mae": dict(encoder=ENCODER, decoder=dict(width=16, depth=1, heads=2), views=dict()),
+  "moco_v3": dict(
+    encoder=dict(**ENCODER, class_token=True), projector=(32, 16), predictor=32, views=VIEWS
+  ),
+  "simclr": dict(encoder=ENCODER, projector=(32, 16), views=VIEWS),
+  "simsiam": dict(encoder=ENCODER, projector=(32, 16), predictor=8, views=VIEWS),
+  "vicreg": dict(encoder=ENCODER, expander=(32, 16), views=VIEWS),
 }
 
 

@@ -3,28 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import chex
 import jax
 import jax.numpy as jnp
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
-_CROP, _FLIP, _BRIGHTNESS, _CONTRAST, _BLUR = range(5)  # folded into a sample's key
+from jepax.data import colour
+from jepax.data.resample import FILTERS, crop_resize, gaussian_blur
+from jepax.names import one_of
+
+# Folded into a sample's key, one a draw: a new operation takes the next number.
+(
+  _CROP,
+  _FLIP,
+  _BRIGHTNESS,
+  _CONTRAST,
+  _BLUR,
+  _SATURATION,
+  _HUE,
+  _JITTER,
+  _ORDER,
+  _GREY,
+  _SOLARISE,
+) = range(11)
+
+_SHARES = (
+  "flip", "brightness", "contrast", "saturation", "jitter", "grey", "blur", "solarise"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-  """Crop, flip, brightness, contrast, blur, normalise, in this order; what is off costs nothing.
+  """One random view of an image, by the steps below in their order; what is off costs nothing.
 
   A draw of one operation does not depend on which others are on.
 
   mean, std: per channel, of pixels in [0, 1].
+  size: pixels a side of the view; None for the image's own. With it crop_scale acts always.
   crop_scale: range of the crop's area, fraction of the image; (1, 1) is no crop.
   crop_ratio: range of the crop's width / height, log-uniform.
+  interpolation: of the crop, 'bilinear' or 'bicubic', both antialiased.
   flip: probability of a left-right flip.
-  brightness, contrast: greatest relative change, 0 to 1.
+  jitter: probability that the next four are applied (torchvision's ColorJitter).
+  brightness, contrast, saturation: greatest relative change, 0 to 1.
+  hue: greatest turn, fraction of the colour circle, 0 to 0.5.
+  shuffle: apply those four in random order, not in this one.
+  grey: probability of no colour.
   blur: probability of a Gaussian blur, whose sigma is uniform in blur_sigma, pixels.
+  solarise: probability that the levels from 128 on are inverted.
   """
 
   mean: tuple[float, ...]
@@ -36,18 +64,34 @@ class Augment:
   contrast: float = 0.0
   blur: float = 0.0
   blur_sigma: tuple[float, float] = (0.1, 2.0)
+  saturation: float = 0.0
+  hue: float = 0.0
+  jitter: float = 1.0
+  shuffle: bool = False
+  grey: float = 0.0
+  solarise: float = 0.0
+  interpolation: str = "bilinear"
+  size: int | None = None
 
   def __post_init__(self):
     check_normalisation(self.mean, self.std)
-    for name in ("flip", "brightness", "contrast", "blur"):
+    one_of(self.interpolation, FILTERS, where="interpolation")
+    for name in _SHARES:
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f"{name} must be from 0 to 1, found {getattr(self, name)}")
+    if not 0 <= self.hue <= 0.5:
+      raise ValueError(f"hue is a fraction of the colour circle, 0 to 0.5; found {self.hue}")
     for name in ("crop_scale", "crop_ratio", "blur_sigma"):
       pair = getattr(self, name)
       if len(pair) != 2 or not 0 < pair[0] <= pair[1] < math.inf:
         raise ValueError(f"{name} must be (low, high) with 0 < low <= high, found {pair}")
     if self.crop_scale[1] > 1:
       raise ValueError(f"crop_scale is a fraction of the image, at most 1; found {self.crop_scale}")
+    if self.size is not None and self.size < 1:
+      raise ValueError(f"size must be at least 1 pixel, found {self.size}")
+    coloured = [name for name in ("saturation", "hue", "grey") if getattr(self, name)]
+    if coloured and len(self.mean) != 3:
+      raise ValueError(f"{coloured} need images of 3 channels, found {len(self.mean)}; set them 0")
 
   def __call__(self, keys: jax.Array, images: jax.Array) -> jax.Array:
     """Augments and normalises.
@@ -57,7 +101,7 @@ class Augment:
       images: u8[b h w c].
 
     Returns:
-      f32[b h w c].
+      f32[b h w c], or f32[b size size c].
     """
     self._check(images)
     chex.assert_equal_shape_prefix([keys, images], 1)
@@ -71,22 +115,58 @@ class Augment:
 
   def _one(self, key: jax.Array, image: jax.Array) -> jax.Array:
     """One image, f32[h w c] in [0, 1]."""
-    height, width, _ = image.shape
-    if self.crop_scale != (1.0, 1.0):
-      box = self._box(jax.random.fold_in(key, _CROP), height, width)
-      image = crop_resize(image, box, height=height, width=width)
+    image = self._crop(key, image)
     if self.flip:
       flipped = jax.random.bernoulli(jax.random.fold_in(key, _FLIP), self.flip)
       image = jnp.where(flipped, image[:, ::-1], image)
-    if self.brightness:
-      factor = _factor(jax.random.fold_in(key, _BRIGHTNESS), self.brightness)
-      image = jnp.clip(image * factor, 0, 1)
-    if self.contrast:
-      factor = _factor(jax.random.fold_in(key, _CONTRAST), self.contrast)
-      image = jnp.clip((image - _mean_grey(image)) * factor + _mean_grey(image), 0, 1)
+    image = self._jitter(key, image)
+    if self.grey:
+      chosen = jax.random.bernoulli(jax.random.fold_in(key, _GREY), self.grey)
+      image = jnp.where(chosen, colour.grey(image), image)
     if self.blur:
       image = self._maybe_blur(jax.random.fold_in(key, _BLUR), image)
+    if self.solarise:
+      chosen = jax.random.bernoulli(jax.random.fold_in(key, _SOLARISE), self.solarise)
+      image = jnp.where(chosen, colour.solarise(image), image)
     return image
+
+  def _crop(self, key: jax.Array, image: jax.Array) -> jax.Array:
+    height, width, _ = image.shape
+    size = (self.size or height, self.size or width)
+    if self.crop_scale == (1.0, 1.0) and size == (height, width):
+      return image
+    box = self._box(jax.random.fold_in(key, _CROP), height, width)
+    out = crop_resize(image, box, height=size[0], width=size[1], interpolation=self.interpolation)
+    return out if self.interpolation == "bilinear" else jnp.clip(out, 0, 1)  # it overshoots
+
+  def _jitter(self, key: jax.Array, image: jax.Array) -> jax.Array:
+    """Brightness, contrast, saturation and hue, as many of them as are on."""
+    operations = {
+      _BRIGHTNESS: (colour.brightness, 1.0, self.brightness),
+      _CONTRAST: (colour.contrast, 1.0, self.contrast),
+      _SATURATION: (colour.saturation, 1.0, self.saturation),
+      _HUE: (colour.hue, 0.0, self.hue),
+    }
+    steps = []
+    for number, (operation, centre, change) in operations.items():
+      low, high = centre - change, centre + change
+      if change:
+        amount = jax.random.uniform(jax.random.fold_in(key, number), minval=low, maxval=high)
+        steps.append(functools.partial(_apply, operation, amount))
+    if not steps:
+      return image
+    jittered = image
+    order = range(len(steps))
+    if self.shuffle:
+      ranks = jax.random.uniform(jax.random.fold_in(key, _ORDER), (len(operations),))
+      on = [i for i, (_, _, change) in enumerate(operations.values()) if change]
+      order = jnp.argsort(ranks[jnp.array(on)])
+    for i in order:
+      jittered = jax.lax.switch(i, steps, jittered) if self.shuffle else steps[i](jittered)
+    if self.jitter == 1:
+      return jittered
+    chosen = jax.random.bernoulli(jax.random.fold_in(key, _JITTER), self.jitter)
+    return jnp.where(chosen, jittered, image)
 
   def _box(self, key: jax.Array, height: int, width: int) -> jax.Array:
     """The first of 10 random boxes that fits, else the whole image; (top, left, bottom, right)."""
@@ -133,66 +213,5 @@ def _normalise(images, mean, std):
   return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def crop_resize(image: jax.Array, box: jax.Array, *, height: int, width: int) -> jax.Array:
-  """Resizes the inside of a box, bilinear with antialiasing, as two matrix products.
-
-  Args:
-    image: f32[h w c].
-    box: f32[4], top, left, bottom, right in pixels; need not be whole numbers.
-    height: of the result, pixels.
-    width: of the result, pixels.
-
-  Returns:
-    f32[height width c].
-  Source: the same weights as Pillow's Image.resize(box=..., resample=BILINEAR).
-  """
-  chex.assert_rank(image, 3)
-  rows = _resize_weights(box[0], box[2], inputs=image.shape[0], outputs=height)
-  columns = _resize_weights(box[1], box[3], inputs=image.shape[1], outputs=width)
-  return _separable(image, rows, columns)
-
-
-def gaussian_blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
-  """Gaussian blur whose weights are renormalised at the border.
-
-  Args:
-    image: f32[h w c].
-    sigma: f32[], pixels, above 0.
-
-  Returns:
-    f32[h w c].
-  """
-  chex.assert_rank(image, 3)
-  rows, columns = (_gaussian_weights(sigma, count=n) for n in image.shape[:2])
-  return _separable(image, rows, columns)
-
-
-def _separable(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-  # Full precision: accelerators would otherwise round pixels to bfloat16, that is to 8 bits.
-  exact = jax.lax.Precision.HIGHEST
-  image = jnp.einsum("oh,hwc->owc", rows, image, precision=exact)
-  return jnp.einsum("pw,owc->opc", columns, image, precision=exact)
-
-
-def _resize_weights(start: jax.Array, stop: jax.Array, *, inputs: int, outputs: int) -> jax.Array:
-  """Triangle filters, widened to cover what one output pixel shrinks; f32[outputs inputs]."""
-  scale = (stop - start) / outputs
-  centre = start + (jnp.arange(outputs) + 0.5) * scale
-  distance = jnp.abs(jnp.arange(inputs) + 0.5 - centre[:, None]) / jnp.maximum(scale, 1)
-  weights = jnp.maximum(1 - distance, 0)
-  return weights / weights.sum(1, keepdims=True)
-
-
-def _gaussian_weights(sigma: jax.Array, *, count: int) -> jax.Array:
-  position = jnp.arange(count)
-  weights = jnp.exp(-0.5 * ((position - position[:, None]) / sigma) ** 2)
-  return weights / weights.sum(1, keepdims=True)
-
-
-def _factor(key: jax.Array, change: float) -> jax.Array:
-  return jax.random.uniform(key, minval=1 - change, maxval=1 + change)
-
-
-def _mean_grey(image: jax.Array) -> jax.Array:
-  grey = image @ jnp.array(_LUMA) if image.shape[-1] == 3 else image
-  return grey.mean()
+def _apply(operation, amount, image):
+  return operation(image, amount)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jepax import regularisers
 from jepax.config import Run, construct
 from jepax.data.augment import Augment
 from jepax.masks.multiblock import MultiBlock
@@ -27,6 +28,7 @@ def build(
   views: Mapping[str, Any],
   momentum: tuple[float, float] = (0.996, 1.0),
   objective: str = "smooth_l1",
+  regulariser: Mapping[str, Any] | None = None,
 ) -> JEPA:
   """I-JEPA for a run.
 
@@ -39,6 +41,8 @@ def build(
     views: fields of `data.augment.Augment` but mean and std.
     momentum: of the target at the first and the last step, linear between.
     objective: 'smooth_l1' (code) or 'mse' (paper).
+    regulariser: name ('vicreg', 'sigreg'), weight and other fields of one in `jepax.regularisers`,
+      against collapse; None for none, as in the paper.
 
   Raises:
     ValueError: an unknown key, or a value that can't work.
@@ -62,4 +66,7 @@ def build(
     momentum=linear(*momentum, steps=run.steps),
     grid=grid,
     objective=objective,
+    regulariser=None
+    if regulariser is None
+    else regularisers.build(regulariser, where="method.regulariser"),
   )

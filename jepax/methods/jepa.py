@@ -16,6 +16,7 @@ from flax import linen as nn
 from jepax import losses
 from jepax.core import Batch, Carry, Features, LossOut, Params, ema, sample_keys
 from jepax.masks.tokens import gather
+from jepax.regularisers import Regulariser
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class JEPA:
   momentum: step -> EMA momentum of the target.
   objective: name of an elementwise loss in `losses.OBJECTIVES`.
   grid: patches (rows, columns) of an image.
+  regulariser: from `regularisers`, on the context's tokens; None for none. With it the loss couples
+    the batch.
   """
 
   encoder: nn.Module
@@ -38,9 +41,14 @@ class JEPA:
   momentum: Callable[[jax.Array], jax.Array]
   grid: tuple[int, int]
   objective: str = "smooth_l1"
+  regulariser: Regulariser | None = None
 
   branches: ClassVar[tuple[str, ...]] = ("target", "online")
-  couples_batch: ClassVar[bool] = False
+
+  @property
+  def couples_batch(self) -> bool:
+    """Without a regulariser every sample has a loss of its own."""
+    return self.regulariser is not None
 
   def __post_init__(self):
     if self.objective not in losses.OBJECTIVES:
@@ -89,6 +97,11 @@ class JEPA:
       "schedule/momentum": self.momentum(step),
       **masks.metrics(),
     }
+    if self.regulariser is not None:
+      third_key = jax.random.fold_in(key, 2)  # the split above is fold_in of 0 and 1
+      penalty, parts = self.regulariser(context, masks.context.valid, third_key)
+      metrics |= {"loss/prediction": loss, **parts}
+      loss = loss + penalty
     return loss, LossOut(carry, metrics)
 
   def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:

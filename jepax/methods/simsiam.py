@@ -1,0 +1,64 @@
+"""SimSiam: a predictor on one side, a stopped gradient on the other, and no more.
+
+Source: arXiv 2011.10566; the formulas only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jepax import losses
+from jepax.config import Run
+from jepax.core import Batch, Carry, LossOut, Params
+from jepax.methods.two_views import Predicting, build_encoder, build_views, spread
+from jepax.models.heads import MLP
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimSiam(Predicting):
+  """SimSiam; BatchNorm in both heads sees the global batch."""
+
+  def loss(
+    self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
+  ) -> tuple[jax.Array, LossOut]:
+    """One batch: each view's prediction points where the other view does."""
+    x, y = (self.project(params, view) for view in self.draw_views(key, batch))  # [b e]
+    towards_y = losses.cosine(self.predict(params, x), jax.lax.stop_gradient(y)).mean()
+    towards_x = losses.cosine(self.predict(params, y), jax.lax.stop_gradient(x)).mean()
+    metrics = {"train/alignment": losses.cosine(x, y).mean(), "train/spread": spread(x)}
+    return -(towards_x + towards_y) / 2, LossOut(carry, metrics)
+
+
+def build(
+  run: Run,
+  *,
+  encoder: Mapping[str, Any],
+  views: Mapping[str, Any],
+  second: Mapping[str, Any] | None = None,
+  projector: tuple[int, ...] = (2048, 2048, 2048),
+  predictor: int = 512,
+) -> SimSiam:
+  """SimSiam for a run.
+
+  Args:
+    run: normalisation and compute dtype.
+    encoder: arguments of `models.vit.vit`.
+    views: fields of `data.augment.Augment` but mean and std.
+    second: what differs in the second view.
+    projector: hidden and output widths.
+    predictor: hidden width; it is narrower than the projector on purpose.
+
+  Raises:
+    ValueError: an unknown key, or a value that can't work.
+  """
+  out = projector[-1]
+  return SimSiam(
+    encoder=build_encoder(run, encoder),
+    projector=MLP(widths=tuple(projector), bias=False, out_norm="plain", dtype=run.dtype),
+    predictor=MLP(widths=(predictor, out), bias=False, out_bias=True, dtype=run.dtype),
+    views=build_views(run, views, second),
+  )

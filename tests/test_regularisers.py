@@ -1,0 +1,179 @@
+"""Remedies against collapse: on a toy that collapses without one, and as a part of I-JEPA."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from jepax import config as config_lib
+from jepax import losses, regularisers
+from jepax.core import make_train_step
+from jepax.evals import collapse
+from jepax.masks.tokens import Masks
+from jepax.methods.barlow_twins import redundancy
+from jepax.models.heads import BatchNorm
+
+# --- the toy --------------------------------------------------------------------------------
+
+
+def regularised(**section):
+  penalty = regularisers.build(section, where="remedy")
+
+  def remedy(key, x, prediction, target):
+    tokens = x[:, None]
+    loss, _ = penalty(tokens, jnp.ones(tokens.shape[:2], bool), key)
+    return jnp.square(prediction - target).mean() + loss
+
+  return remedy
+
+
+def barlow(key, x, prediction, target):
+  normed = (BatchNorm(affine=False).apply({}, z) for z in (prediction, target))
+  on, off = redundancy(*normed)
+  return 0.05 * (on + 5e-3 * off)
+
+
+# How a prediction and its target are compared, with x the online encoder's output.
+REMEDIES = {
+  "none": lambda key, x, prediction, target: jnp.square(prediction - target).mean(),
+  "stopped gradient": lambda key, x, prediction, target: jnp.square(
+    prediction - jax.lax.stop_gradient(target)
+  ).mean(),
+  "contrast": lambda key, x, prediction, target: losses.info_nce(
+    prediction, target, temperature=0.1
+  ),
+  "redundancy": barlow,
+  "vicreg": regularised(name="vicreg", weight=0.1),
+  "sigreg": regularised(name="sigreg", weight=0.05, slices=32),
+}
+
+
+def toy(remedy) -> dict[str, float]:
+  """y = .8 x + .6 noise, one encoder for both, its output predicted; collapse numbers after.
+
+  The same encoder, predictor, data and steps for every remedy.
+  """
+  sizes = {"encoder": (32, 64, 32), "predictor": (32, 32, 32)}
+  init = jax.nn.initializers.lecun_normal()
+  keys = iter(jax.random.split(jax.random.key(0), 4))
+  params = {
+    name: [{"w": init(next(keys), io), "b": jnp.zeros(io[1])} for io in itertools.pairwise(size)]
+    for name, size in sizes.items()
+  }
+  tx = optax.adamw(3e-3)
+
+  def mlp(layers, x):
+    x = jax.nn.relu(x @ layers[0]["w"] + layers[0]["b"])
+    return x @ layers[1]["w"] + layers[1]["b"]
+
+  def loss(params, key):
+    x, noise = jax.random.normal(key, (2, 64, 32))
+    target = mlp(params["encoder"], 0.8 * x + 0.6 * noise)
+    online = mlp(params["encoder"], x)
+    return remedy(jax.random.fold_in(key, 1), online, mlp(params["predictor"], online), target)
+
+  def step(state, key):
+    params, opt_state = state
+    updates, opt_state = tx.update(jax.grad(loss)(params, key), opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), None
+
+  keys = jax.random.split(jax.random.key(1), 2000)
+  (params, _), _ = jax.jit(lambda s: jax.lax.scan(step, s, keys))((params, tx.init(params)))
+  return collapse.numbers(mlp(params["encoder"], jax.random.normal(jax.random.key(2), (512, 32))))
+
+
+@pytest.mark.parametrize("name", sorted(REMEDIES))
+def test_the_toy_collapses_without_a_remedy_and_with_none_of_them(name):
+  numbers = toy(REMEDIES[name])
+  message = collapse.alarm("online", numbers, dim=32)
+  if name == "none":
+    assert message.startswith("online encoder: complete collapse")
+    assert numbers["feature_std"] < 0.01
+  else:
+    assert message is None
+    assert numbers["feature_std"] > 0.1
+
+
+# --- as a part of I-JEPA --------------------------------------------------------------------
+
+RUN = config_lib.Run(size=tiny.SIZE, channels=1, mean=(0.3,), std=(0.3,), steps=10)
+SECTIONS = [
+  dict(name="vicreg", weight=0.1),
+  dict(name="vicreg", weight=0.1, on="tokens"),
+  dict(name="sigreg", weight=0.1, slices=8),
+  dict(name="sigreg", weight=0.1, slices=8, on="tokens"),
+]
+
+
+def ijepa(section=None):
+  arguments = dict(name="ijepa", **tiny.METHODS["ijepa"])
+  return config_lib.build_method({**arguments, "regulariser": section}, RUN)
+
+
+@pytest.fixture(scope="module")
+def start():
+  """(params, carry, batch, loss without a regulariser)."""
+  method, batch = ijepa(), {"image": tiny.images(8)}
+  params, carry = jax.jit(method.init)(jax.random.key(0), batch)
+  loss, out = jax.jit(method.loss)(params, carry, batch, jax.random.key(1), 0)
+  assert not method.couples_batch and "loss/prediction" not in out.metrics
+  return params, carry, batch, loss
+
+
+def padded(sampler):
+  """The same context in three more slots that are not valid."""
+
+  def draw(keys, step_key) -> Masks:
+    masks = sampler(keys, step_key)
+    wide = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 3)]), masks.context)
+    return masks.replace(context=wide)
+
+  return draw
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: f"{s['name']} {s.get('on', 'pooled')}")
+def test_a_regulariser_adds_its_penalty_and_leaves_the_prediction(start, section):
+  params, carry, batch, plain = start
+  method = ijepa(section)
+  call = lambda m: m.loss(params, carry, batch, jax.random.key(1), 0)  # noqa: E731
+  wider = dataclasses.replace(method, masks=padded(method.masks))
+  (loss, out), (same, _) = jax.jit(lambda: (call(method), call(wider)))()
+  np.testing.assert_allclose(out.metrics["loss/prediction"], plain, rtol=1e-6)
+  parts = out.metrics
+  penalty = (
+    25 * parts["loss/variance"] + parts["loss/covariance"]
+    if section["name"] == "vicreg"
+    else parts["loss/sigreg"]
+  )
+  np.testing.assert_allclose(loss, plain + 0.1 * penalty, rtol=1e-5)
+  assert penalty > 0
+  np.testing.assert_allclose(same, loss, rtol=1e-5)  # padding never counts
+
+
+def test_a_regulariser_couples_the_batch():
+  method = ijepa(SECTIONS[0])
+  assert method.couples_batch
+  with pytest.raises(ValueError, match="accumulate=1"):
+    make_train_step(method, optax.sgd(0.1), accumulate=2)
+
+
+@pytest.mark.parametrize(
+  "section, message",
+  [
+    (dict(name="vicregs", weight=1.0), "method.regulariser.name='vicregs' is unknown; did you"),
+    (dict(name="vicreg", weight=0.0), "weight must be above 0, found 0.0"),
+    (dict(name="sigreg", weight=0.1, on="token"), "on='token' is unknown; did you mean 'tokens'"),
+    (dict(name="sigreg"), r"lacks \['weight'\]"),
+    (dict(name="sigreg", weight=0.1, slice=8), "slice is unknown; did you mean 'slices'"),
+  ],
+)
+def test_wrong_sections(section, message):
+  with pytest.raises(ValueError, match=message):
+    ijepa(section)

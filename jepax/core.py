@@ -61,7 +61,8 @@ class Method(Protocol):
   """A frozen dataclass of modules, samplers and numbers with a few pure functions.
 
   encoder: the module whose features count; branches: its sets of weights, the first evaluated
-  first: ('target', 'online'); couples_batch: the loss mixes samples, so no accumulation.
+  first: ('target', 'online'); couples_batch: the loss mixes samples, so no accumulation. One whose
+  pooled feature is the class token says so in an attribute pool = 'class'; else it is the mean.
   """
 
   encoder: Any

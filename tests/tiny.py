@@ -15,6 +15,15 @@ SIZE, BATCH = 16, 16  # 4 x 4 patches of 4 pixels
 
 ENCODER = dict(variant="tiny", patch=4, width=32, depth=1, heads=2, mlp_width=32)
 METHODS = {
+  "data2vec2": dict(
+    encoder=ENCODER,
+    decoder=dict(width=32, depth=1, groups=2),
+    masks=dict(ratio=0.6, copies=2),
+    views=dict(),
+    layers=1,
+    momentum=(0.9, 1.0),
+    class_weight=0.5,
+  ),
   "ijepa": dict(
     encoder=ENCODER,
     predictor=dict(width=16, depth=1),

@@ -1,10 +1,14 @@
-"""Heads on pooled features."""
+"""Heads on pooled features and on tokens."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from jepax.losses import unit
+from jepax.models.transformer import dense
+from jepax.names import one_of
 
 
 class Expander(nn.Module):
@@ -30,3 +34,59 @@ class Expander(nn.Module):
       x = nn.relu(norm(x))
     last = nn.Dense(self.widths[-1], use_bias=False, dtype=self.dtype, name="out")
     return last(x).astype(jnp.float32)
+
+
+class DinoHead(nn.Module, kw_only=True):
+  """DINO's head: an MLP to a narrow unit vector, then its likeness to many prototypes.
+
+  prototypes: K, outputs. hidden, bottleneck: widths; layers: of the MLP, the bottleneck's included.
+  last: the layer onto the prototypes, never with a bias: 'weight_norm', unit prototypes times a
+    learned gain each that starts at 1 (DINOv2); 'unit', without gain (DINO's norm_last_layer);
+    'linear', plain (DINOv3).
+  dtype: of matrix products; the unit vector and the outputs are float32.
+
+  Raises:
+    ValueError: a size below 1, or an unknown `last`.
+
+  Source: arXiv 2104.14294 and 2304.07193; facebookresearch/dinov2, dinov2/layers/dino_head.py.
+  """
+
+  prototypes: int = 65536
+  hidden: int = 2048
+  bottleneck: int = 256
+  layers: int = 3
+  last: str = "weight_norm"
+  init_name: str = "normal"
+  dtype: jnp.dtype = jnp.float32
+
+  def __post_init__(self):
+    one_of(self.last, ("weight_norm", "unit", "linear"), where="last")
+    for name in ("prototypes", "hidden", "bottleneck", "layers"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x: [... d] -> logits f32[... K]."""
+    for i in range(self.layers - 1):
+      x = nn.gelu(dense(self, self.hidden, name=f"dense{i}")(x), approximate=False)
+    x = unit(dense(self, self.bottleneck, name="narrow")(x))
+    return Prototypes(count=self.prototypes, kind=self.last, dtype=self.dtype, name="prototypes")(x)
+
+
+class Prototypes(nn.Module, kw_only=True):
+  """The last layer of a `DinoHead`: [... e] -> f32[... count]; kind as its `last`."""
+
+  count: int
+  kind: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.count))
+    if self.kind != "linear":
+      kernel = unit(kernel.T).T
+    if self.kind == "weight_norm":
+      kernel = kernel * self.param("gain", nn.initializers.ones, (self.count,))
+    return (x.astype(self.dtype) @ kernel.astype(self.dtype)).astype(jnp.float32)

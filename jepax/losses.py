@@ -59,7 +59,7 @@ def instance_norm(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
   return _standardise(x, -2, epsilon)
 
 
-def unit(x: jax.Array, *, epsilon: float = 1e-12) -> jax.Array:
+def normalise(x: jax.Array, *, epsilon: float = 1e-12) -> jax.Array:
   """x / max(|x|, epsilon) over the last axis, in float32; the gradient at 0 is finite."""
   x = x.astype(jnp.float32)
   square = jnp.square(x).sum(-1, keepdims=True)

@@ -170,7 +170,7 @@ def koleo(x: jax.Array, *, group: int | None = None, epsilon: float = 1e-8) -> j
       f"koleo looks for neighbours in groups of {group} of {len(x)} rows: a group needs 2 rows or "
       "more and must divide them"
     )
-  x = losses.unit(x, epsilon=epsilon).reshape(-1, group, x.shape[-1])
+  x = losses.normalise(x, epsilon=epsilon).reshape(-1, group, x.shape[-1])
   # Full precision: bfloat16 could take the wrong neighbour.
   likeness = jnp.einsum("gid,gjd->gij", x, x, precision=jax.lax.Precision.HIGHEST)
   nearest = jnp.where(jnp.eye(group, dtype=bool), -1.0, likeness).argmax(-1)
@@ -196,5 +196,5 @@ def gram(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _cosines(x: jax.Array) -> jax.Array:
-  x = losses.unit(x)
+  x = losses.normalise(x)
   return jnp.einsum("bid,bjd->bij", x, x)

@@ -24,6 +24,17 @@ METHODS = {
     momentum=(0.9, 1.0),
     class_weight=0.5,
   ),
+  "dinov2": dict(
+    encoder=dict(**ENCODER, registers=2),
+    head=dict(prototypes=24, hidden=32, bottleneck=8),
+    ibot_head=dict(prototypes=16),
+    views=dict(crop_scale=(0.5, 1.0), flip=0.5),
+    local=dict(crop_scale=(0.2, 0.5), size=8),
+    local_views=2,
+    masks=dict(ratio=(0.2, 0.5)),
+    momentum=(0.9, 1.0),
+    gram=dict(weight=1.0, start=0.3, every=0.2, copies=2),
+  ),
   "ijepa": dict(
     encoder=ENCODER,
     predictor=dict(width=16, depth=1),

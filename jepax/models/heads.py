@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jepax.losses import unit
+from jepax.losses import normalise
 from jepax.models.transformer import dense
 from jepax.names import one_of
 
@@ -71,7 +71,7 @@ class DinoHead(nn.Module, kw_only=True):
     """x: [... d] -> logits f32[... K]."""
     for i in range(self.layers - 1):
       x = nn.gelu(dense(self, self.hidden, name=f"dense{i}")(x), approximate=False)
-    x = unit(dense(self, self.bottleneck, name="narrow")(x))
+    x = normalise(dense(self, self.bottleneck, name="narrow")(x))
     return Prototypes(count=self.prototypes, kind=self.last, dtype=self.dtype, name="prototypes")(x)
 
 
@@ -86,7 +86,7 @@ class Prototypes(nn.Module, kw_only=True):
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.count))
     if self.kind != "linear":
-      kernel = unit(kernel.T).T
+      kernel = normalise(kernel.T).T
     if self.kind == "weight_norm":
       kernel = kernel * self.param("gain", nn.initializers.ones, (self.count,))
     return (x.astype(self.dtype) @ kernel.astype(self.dtype)).astype(jnp.float32)

@@ -33,6 +33,7 @@ METHODS = {
     local_views=2,
     masks=dict(ratio=(0.2, 0.5)),
     momentum=(0.9, 1.0),
+    centering="sinkhorn",
     gram=dict(weight=1.0, start=0.3, every=0.2, copies=2),
   ),
   "ijepa": dict(

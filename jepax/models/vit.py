@@ -173,9 +173,10 @@ class ViT(Stack, kw_only=True):
       token = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width))
       x = x if hidden is None else jnp.where(hidden[..., None], token, x)
     x, valid = self._prepend(x + position, valid, first)
-    norm, before = layer_norm(self, "norm", jnp.float32), self.norms == "post"
-    x = transformer(self)(norm(x) if before else x, valid, last=last)
-    return norm(x) if self.final_norm and not before else x
+    if self.norms == "post":
+      return transformer(self)(layer_norm(self, "embed_norm", jnp.float32)(x), valid, last=last)
+    x = transformer(self)(x, valid, last=last)
+    return layer_norm(self, "norm", jnp.float32)(x) if self.final_norm else x
 
   def _positions(self, grid):
     """Positions of the class token, [d] or 0, and of the patches, [n d]."""

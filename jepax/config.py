@@ -50,6 +50,10 @@ def base() -> ConfigDict:
       b2=0.999,
       unscheduled="",  # part of the parameters that keeps lr throughout: 'predictor' in SimSiam
       clip=0.0,  # largest global norm of the gradient; 0 for none
+      clip_parts=False,  # encoder and each head on its own (DINOv2)
+      layer_decay=1.0,  # factor on the rate for each layer below the encoder's output
+      embed_scale=1.0,  # further factor on the rate of the patch embedding
+      freeze="0 steps",  # how long the prototypes of heads don't move at the start
     )
   )
   config.mesh = ConfigDict(

@@ -60,12 +60,13 @@ class TrainState:
 class Method(Protocol):
   """A frozen dataclass of modules, samplers and numbers with a few pure functions.
 
-  encoder: the module whose features count; branches: its sets of weights, the first evaluated
-  first: ('target', 'online'); couples_batch: the loss mixes samples, so no accumulation.
+  encoder: whose features count; branches: its sets of weights, the first evaluated first; pool:
+  'mean' or 'class' token, a sample's feature; couples_batch: the loss mixes samples.
   """
 
   encoder: Any
   branches: tuple[str, ...]
+  pool: str
   couples_batch: bool
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]: ...

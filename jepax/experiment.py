@@ -114,7 +114,9 @@ def prepare(
     dtype=config_lib.PRECISIONS[config.precision],
   )
   method = config_lib.build_method(config.method, run)
-  optimizer = optim.build(config.optim, steps=steps, warmup=lengths.pop("warmup"))
+  optimizer = optim.build(
+    config.optim, steps=steps, warmup=lengths.pop("warmup"), freeze=lengths.pop("freeze")
+  )
   return _compile_ready(config, data, method, mesh, steps, lengths, optimizer)
 
 
@@ -208,7 +210,7 @@ def _check_batch(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def _durations(config: ConfigDict, examples: int) -> dict[str, int]:
-  """The config's durations in steps: total, warmup, log, eval, checkpoint."""
+  """The config's durations in steps: total, warmup, freeze, log, eval, checkpoint."""
   if examples < config.batch_size:
     raise ValueError(
       f"batch_size={config.batch_size} exceeds the {examples} training images; lower batch_size"
@@ -221,6 +223,7 @@ def _durations(config: ConfigDict, examples: int) -> dict[str, int]:
     raise ValueError(f"total={config.total!r} is {steps} steps; at most {2**31 - 1} can be counted")
   keys = {
     "warmup": ("optim.warmup", config.optim.warmup),
+    "freeze": ("optim.freeze", config.optim.freeze),
     "log": ("log.every", config.log.every),
     "eval": ("eval.every", config.eval.every),
     "checkpoint": ("checkpoint.every", config.checkpoint.every),

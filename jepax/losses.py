@@ -43,16 +43,33 @@ def token_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
 
 def layer_norm(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
   """LayerNorm over the last axis without scale or shift, in float32 (I-JEPA's targets)."""
-  x = x.astype(jnp.float32)
-  centred = x - x.mean(-1, keepdims=True)
-  return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+  return _standardise(x, -1, epsilon)
 
 
-def normalise(x: jax.Array) -> jax.Array:
-  """x / |x| along the last axis, in float32; vectors of zeros stay zeros."""
+def instance_norm(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
+  """Each channel standardised over the tokens of its sample, in float32 (data2vec's targets).
+
+  Args:
+    x: [... n d].
+    epsilon: added to the (biased) variance.
+
+  Returns:
+    f32[... n d].
+  """
+  return _standardise(x, -2, epsilon)
+
+
+def normalise(x: jax.Array, *, epsilon: float = 1e-12) -> jax.Array:
+  """x / max(|x|, epsilon) over the last axis, in float32; the gradient at 0 is finite."""
   x = x.astype(jnp.float32)
   square = jnp.square(x).sum(-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))  # |x| of at least 1e-12
+  return x * jax.lax.rsqrt(jnp.maximum(square, epsilon**2))
+
+
+def _standardise(x: jax.Array, axis: int, epsilon: float) -> jax.Array:
+  x = x.astype(jnp.float32)
+  centred = x - x.mean(axis, keepdims=True)
+  return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis, keepdims=True) + epsilon)
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -55,6 +55,74 @@ def decayed(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
+def layer_scales(params: Any, *, decay: float, embed: float = 1.0) -> Any:
+  """Each leaf's share of the learning rate, decay^(depth + 1 - layer).
+
+  Layers: embeddings and tokens 0, block k is k + 1, norms after the blocks and heads depth + 1.
+
+  Args:
+    params: whose part `encoder` is a ViT.
+    decay: the factor a layer.
+    embed: a further factor of the patch embedding.
+
+  Returns:
+    The tree of params, of floats; of arrays [depth 1 ...] for a scanned stack.
+
+  Source: facebookresearch/mae, util/lr_decay.py; facebookresearch/dinov2, utils/param_groups.py.
+  """
+  blocks = params["encoder"]["transformer"]
+  if "blocks" in blocks:
+    depth = jax.tree.leaves(blocks)[0].shape[0]
+  else:
+    depth = 1 + max(int(name.removeprefix("block")) for name in blocks)
+
+  def scale(path, leaf):
+    names = [key.key for key in path]
+    if names[0] != "encoder" or names[1] == "norm":
+      return 1.0
+    if names[1] != "transformer":
+      return decay ** (depth + 1) * (embed if names[1] == "embed" else 1.0)
+    if is_stacked(path):
+      return (decay ** (depth - jnp.arange(depth))).reshape(depth, *[1] * (leaf.ndim - 1))
+    return decay ** (depth - int(names[2].removeprefix("block")))
+
+  return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def scale_by_layer(decay: float, *, embed: float = 1.0) -> optax.GradientTransformation:
+  """Multiplies every update by its layer's share, see `layer_scales`."""
+  return optax.stateless(
+    lambda updates, params: jax.tree.map(
+      jnp.multiply, updates, layer_scales(params, decay=decay, embed=embed)
+    )
+  )
+
+
+def clip_parts(limit: float) -> optax.GradientTransformation:
+  """Clips the global norm of each top-level part of the parameters on its own (DINOv2)."""
+
+  def clip(updates, params):
+    del params
+    norms = {name: optax.tree.norm(part) for name, part in updates.items()}
+    return {
+      name: jax.tree.map(lambda x, n=norms[name]: x * (limit / jnp.maximum(n, limit)), part)
+      for name, part in updates.items()
+    }
+
+  return optax.stateless(clip)
+
+
+def frozen_until(step: int, *, name: str) -> optax.GradientTransformation:
+  """No update, before this step, of parameters that have `name` in their path."""
+
+  def marked(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: any(key.key == name for key in path), params
+    )
+
+  return optax.masked(optax.scale_by_schedule(lambda count: jnp.where(count < step, 0, 1)), marked)
+
+
 def trust_ratio(coefficient: float = 1e-3) -> optax.GradientTransformation:
   """LARS: each update gets `coefficient` times the norm of its parameter.
 
@@ -84,13 +152,14 @@ class Optimizer:
   schedules: dict[str, Schedule]
 
 
-def build(section: ConfigDict, *, steps: int, warmup: int) -> Optimizer:
+def build(section: ConfigDict, *, steps: int, warmup: int, freeze: int = 0) -> Optimizer:
   """The optimizer a config's section `optim` describes.
 
   Args:
     section: see `jepax.config.base`.
     steps: optimizer steps of the run, warm-up included.
     warmup: steps of warm-up.
+    freeze: steps in which the prototypes of heads don't move.
 
   Raises:
     ValueError: an unknown name, a warm-up longer than the run, negative numbers.
@@ -111,7 +180,12 @@ def build(section: ConfigDict, *, steps: int, warmup: int) -> Optimizer:
     "lars": [weight_decay, trust_ratio(), optax.trace(section.b1), rate],
   }[section.name]
   if section.clip:
-    chain.insert(0, optax.clip_by_global_norm(section.clip))
+    clip = clip_parts if section.clip_parts else optax.clip_by_global_norm
+    chain.insert(0, clip(section.clip))
+  if section.layer_decay != 1 or section.embed_scale != 1:
+    chain.append(scale_by_layer(section.layer_decay, embed=section.embed_scale))
+  if freeze:
+    chain.append(frozen_until(freeze, name="prototypes"))
   return Optimizer(optax.chain(*chain), schedules)
 
 
@@ -138,6 +212,9 @@ def _check(section: ConfigDict, *, steps: int, warmup: int) -> None:
   for key in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "clip"):
     if not section[key] >= 0:
       raise ValueError(f"optim.{key}={section[key]!r} must not be negative")
+  for key in ("layer_decay", "embed_scale"):
+    if not 0 < section[key] <= 1:
+      raise ValueError(f"optim.{key}={section[key]!r} must lie in (0, 1]")
   for key in ("b1", "b2"):
     if not 0 <= section[key] < 1:
       raise ValueError(f"optim.{key}={section[key]!r} must lie in [0, 1)")

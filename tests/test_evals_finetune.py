@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from jepax import optim
 from jepax.data.augment import Augment
 from jepax.evals import finetune
 from jepax.evals.finetune import FineTune
@@ -59,7 +60,7 @@ def test_each_layer_moves_and_decays_at_its_own_rate(scan):
   encoder = scanned(encoder) if scan else encoder
   params = {"encoder": encoder.params, "head": {"kernel": jnp.ones((16, 4))}}
   grads = jax.tree.map(lambda p: jnp.where(p > 0, 3.0, -2.0), params)
-  tx = finetune.optimizer(dataclasses.replace(PLAIN, weight_decay=0.1), depth=2, steps_per_epoch=1)
+  tx = finetune.optimizer(dataclasses.replace(PLAIN, weight_decay=0.1), steps_per_epoch=1)
   updates, _ = jax.jit(lambda: tx.update(grads, tx.init(params), params))()
 
   def check(path, update, grad, param):
@@ -81,7 +82,7 @@ def test_each_layer_moves_and_decays_at_its_own_rate(scan):
 
 def test_the_rate_warms_up_from_zero_and_falls_to_its_floor():
   recipe = dataclasses.replace(PLAIN, epochs=3, warmup_epochs=1, final_lr=1e-4, b1=0.0, b2=0.0)
-  tx = finetune.optimizer(recipe, depth=2, steps_per_epoch=2)
+  tx = finetune.optimizer(recipe, steps_per_epoch=2)
   params = {"head": {"kernel": jnp.ones(1)}}
   state, found = tx.init(params), []
   for _ in range(7):  # one more than the run has: the floor is where the cosine ends
@@ -134,7 +135,7 @@ def test_layer_scales_follow_the_published_ids():
     },
     "head": {"kernel": leaf},
   }
-  found = finetune.layer_scales(params, depth=12, decay=0.65)
+  found = optim.layer_scales(params, decay=0.65)
   assert found == {
     "encoder": {
       "embed": {"kernel": 0.65**13},

@@ -18,6 +18,27 @@ VIEWS = dict(crop_scale=(0.5, 1.0), flip=0.5, contrast=0.2)
 METHODS = {
   "barlow_twins": dict(encoder=ENCODER, projector=(32, 16), views=VIEWS, second=dict(blur=0.5)),
   "byol": dict(encoder=ENCODER, projector=(32, 16), predictor=32, views=VIEWS),
+  "data2vec2": dict(
+    encoder=ENCODER,
+    decoder=dict(width=32, depth=1, groups=2),
+    masks=dict(ratio=0.6, copies=2),
+    views=dict(),
+    layers=1,
+    momentum=(0.9, 1.0),
+    class_weight=0.5,
+  ),
+  "dinov2": dict(
+    encoder=dict(**ENCODER, registers=2),
+    head=dict(prototypes=24, hidden=32, bottleneck=8),
+    ibot_head=dict(prototypes=16),
+    views=dict(crop_scale=(0.5, 1.0), flip=0.5),
+    local=dict(crop_scale=(0.2, 0.5), size=8),
+    local_views=2,
+    masks=dict(ratio=(0.2, 0.5)),
+    momentum=(0.9, 1.0),
+    centering="sinkhorn",
+    gram=dict(weight=1.0, start=0.3, every=0.2, copies=2),
+  ),
   "ijepa": dict(
     encoder=ENCODER,
     predictor=dict(width=16, depth=1),

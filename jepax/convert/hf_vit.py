@@ -79,7 +79,12 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config(module: ViT, *, channels: int) -> dict[str, Any]:
-  """The reverse of `fields`, of a module with a position table."""
+  """The reverse of `fields`, of a module with a position table.
+
+  Raises:
+    ValueError: post-norm blocks, which no Hugging Face ViT has.
+  """
+  one_of(module.norms, ("pre",), where="norms of a Hugging Face ViT")
   image = [n * module.patch for n in module.grid]
   return dict(
     hidden_size=module.width,

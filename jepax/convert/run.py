@@ -61,7 +61,7 @@ def read(workdir: Path) -> Weights:
     module=method.encoder.clone(scan=False),  # `flatten` unstacks the blocks
     branches=branches,
     preprocess=preprocess,
-    pool="mean",
+    pool=method.pool,
     origin={"path": str(workdir), "format": f"run, step {step}", "sha256": _sha256(branches)},
   )
 

@@ -25,9 +25,9 @@ from jepax.evals.mixing import Mixing
 from jepax.models.transformer import layer_norm
 from jepax.models.vit import ViT
 from jepax.names import one_of
-from jepax.optim import NOT_DECAYED, warmup_cosine
+from jepax.optim import NOT_DECAYED, scale_by_layer, warmup_cosine
 from jepax.pretrained import Encoder, Preprocess
-from jepax.sharding import batch_sharding, global_batch, is_stacked, replicated
+from jepax.sharding import batch_sharding, global_batch, replicated
 
 EMBEDDINGS = ("class_token", "position", "registers", "mask_token")
 
@@ -254,51 +254,16 @@ def classifier(encoder: Encoder, *, num_classes: int, protocol: FineTune) -> Cla
   )
 
 
-def optimizer(
-  protocol: FineTune, *, depth: int, steps_per_epoch: int
-) -> optax.GradientTransformation:
+def optimizer(protocol: FineTune, *, steps_per_epoch: int) -> optax.GradientTransformation:
   """AdamW whose rate, and with it the decay, is scaled layer by layer."""
   warmup, steps = (n * steps_per_epoch for n in (protocol.warmup_epochs, protocol.epochs))
   peak, final = protocol.learning_rate, protocol.final_lr
   return optax.chain(
     optax.scale_by_adam(b1=protocol.b1, b2=protocol.b2),
     optax.add_decayed_weights(protocol.weight_decay, mask=_decayed),
-    optax.stateless(
-      lambda updates, params: jax.tree.map(
-        jnp.multiply, updates, layer_scales(params, depth=depth, decay=protocol.layer_decay)
-      )
-    ),
+    scale_by_layer(protocol.layer_decay),
     optax.scale_by_learning_rate(warmup_cosine(0, peak, final, warmup=warmup, steps=steps)),
   )
-
-
-def layer_scales(params: Any, *, depth: int, decay: float) -> Any:
-  """Each leaf's share of the learning rate, decay^(depth + 1 - layer).
-
-  Layers: embeddings and tokens 0, block k is k + 1, norms outside the blocks and head depth + 1.
-
-  Args:
-    params: of a `Classifier`.
-    depth: blocks of its encoder.
-    decay: the factor a layer.
-
-  Returns:
-    The tree of params, of floats; of arrays [depth 1 ...] for a scanned stack.
-
-  Source: facebookresearch/mae, util/lr_decay.py.
-  """
-
-  def scale(path, leaf):
-    names = [key.key for key in path]
-    if names[0] != "encoder" or names[1] == "norm":
-      return 1.0
-    if names[1] != "transformer":
-      return decay ** (depth + 1)
-    if is_stacked(path):
-      return (decay ** (depth - jnp.arange(depth))).reshape(depth, *[1] * (leaf.ndim - 1))
-    return decay ** (depth - int(names[2].removeprefix("block")))
-
-  return jax.tree_util.tree_map_with_path(scale, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +312,7 @@ def _augment(preprocess: Preprocess, protocol: FineTune) -> Augment:
 @functools.lru_cache(maxsize=8)
 def _programs(model, augment, protocol, per_epoch):
   """Optimizer and jitted step, compiled once for all seeds and weights of one architecture."""
-  tx = optimizer(protocol, depth=model.encoder.depth, steps_per_epoch=per_epoch)
+  tx = optimizer(protocol, steps_per_epoch=per_epoch)
   step = make_train_step(Supervised(model, augment, protocol), tx)
   return tx, jax.jit(step, donate_argnums=0)
 

@@ -44,6 +44,7 @@ class JEPA:
   regulariser: Regulariser | None = None
 
   branches: ClassVar[tuple[str, ...]] = ("target", "online")
+  pool: ClassVar[str] = "mean"
 
   @property
   def couples_batch(self) -> bool:

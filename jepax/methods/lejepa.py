@@ -122,7 +122,7 @@ class LeJEPA(TwoViews):
       tokens = self.encoder.apply(
         {"params": params["encoder"]}, rearrange(images, "b v h w c -> (b v) h w c")
       )
-      pooled.append(rearrange(self.pool(tokens), "(b v) d -> b v d", v=images.shape[1]))
+      pooled.append(rearrange(self.pooled(tokens), "(b v) d -> b v d", v=images.shape[1]))
     pooled = rearrange(jnp.concatenate(pooled, 1), "b v d -> (b v) d")
     z = self.projector.apply({"params": params["projector"]}, pooled)
     return rearrange(z, "(b v) e -> v b e", v=len(views))

@@ -53,6 +53,7 @@ class MAE:
   normalize_patches: bool = True
 
   branches: ClassVar[tuple[str, ...]] = ("online",)
+  pool: ClassVar[str] = "mean"
   couples_batch: ClassVar[bool] = False
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:

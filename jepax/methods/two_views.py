@@ -45,7 +45,7 @@ class TwoViews:
     encoder_key, projector_key = jax.random.split(key)
     images = self.views.clean(batch["image"])
     encoder = self.encoder.init(encoder_key, images)["params"]
-    pooled = self.pool(self.encoder.apply({"params": encoder}, images))
+    pooled = self.pooled(self.encoder.apply({"params": encoder}, images))
     projector = self.projector.init(projector_key, pooled)["params"]
     return {"encoder": encoder, "projector": projector}, {}
 
@@ -56,14 +56,19 @@ class TwoViews:
     keys = [sample_keys(view_key, batch, count=images.shape[0]) for view_key in view_keys]
     return self.views(jnp.stack(keys), images)
 
-  def pool(self, tokens: jax.Array) -> jax.Array:
+  @property
+  def pool(self) -> str:
+    """By the class token where there is one."""
+    return "class" if self.encoder.class_token else "mean"
+
+  def pooled(self, tokens: jax.Array) -> jax.Array:
     """[b n d] -> [b d]."""
-    return tokens[:, 0] if self.encoder.class_token else tokens.mean(1)
+    return tokens[:, 0] if self.pool == "class" else tokens.mean(1)
 
   def project(self, params: Params, images: jax.Array) -> jax.Array:
     """One view, f32[b h w c] -> f32[b e]; a call of its own for each, whose statistics it has."""
     tokens = self.encoder.apply({"params": params["encoder"]}, images)
-    return self.projector.apply({"params": params["projector"]}, self.pool(tokens))
+    return self.projector.apply({"params": params["projector"]}, self.pooled(tokens))
 
   def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:
     """Nothing persists beside the parameters."""
@@ -77,7 +82,7 @@ class TwoViews:
     """The encoder's patch tokens and pooled feature, before the projector."""
     weights = self.weights(params, carry, branch=branch)
     tokens = self.encoder.apply({"params": weights}, self.views.clean(batch["image"]))
-    return Features(tokens[:, self.encoder.prefix :], self.pool(tokens))
+    return Features(tokens[:, self.encoder.prefix :], self.pooled(tokens))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

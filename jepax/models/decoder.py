@@ -1,6 +1,6 @@
-"""MAE's decoder: visible tokens and mask tokens, back to pixels.
+"""Decoders: MAE's transformer back to pixels, data2vec 2.0's convolutions back to features.
 
-Source: arXiv 2111.06377.
+Source: arXiv 2111.06377 and 2212.07525.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jepax import losses
 from jepax.masks.tokens import TokenSet
-from jepax.models.transformer import Stack, dense, layer_norm, transformer
+from jepax.models.transformer import INITS, Stack, dense, layer_norm, transformer
 from jepax.models.vit import check_sincos, sincos2d
+from jepax.names import one_of
 
 
 class PixelDecoder(Stack, kw_only=True):
@@ -56,3 +58,73 @@ class PixelDecoder(Stack, kw_only=True):
     valid = jnp.concatenate([jnp.ones((b, 1), bool), visible.valid, hidden.valid], axis=1)
     x = layer_norm(self, "norm", self.dtype)(transformer(self)(x, valid, keep=t))
     return dense(self, self.out, name="proj")(x).astype(jnp.float32)
+
+
+class ConvDecoder(nn.Module, kw_only=True):
+  """A few convolutions over the whole grid: visible tokens at their places, noise elsewhere.
+
+  Each layer is convolution, norm without scale or shift, GELU, and its input added where the
+  widths agree. There is no mask token and no position: the kernel sees what lies where.
+
+  out: values a patch. width, depth: of the layers. kernel: patches a side, odd. groups: of channels
+  in a convolution. init_name: of the output layer. dtype: of matrix products.
+
+  Raises:
+    ValueError: a size below 1, an even kernel, or groups that don't divide the width.
+
+  Source: facebookresearch/fairseq, examples/data2vec, models/modalities/modules.py.
+  """
+
+  out: int
+  width: int
+  depth: int
+  kernel: int = 3
+  groups: int = 16
+  init_name: str = "normal"
+  dtype: jnp.dtype = jnp.float32
+
+  def __post_init__(self):
+    one_of(self.init_name, INITS, where="init_name")
+    for name in ("width", "depth", "kernel", "groups"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+    if self.kernel % 2 == 0:
+      raise ValueError(f"kernel must be odd, found {self.kernel}")
+    if self.width % self.groups or self.out % self.groups:
+      raise ValueError(
+        f"groups={self.groups} must divide the decoder's width={self.width} and the encoder's "
+        f"{self.out}"
+      )
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, visible: TokenSet, noise: jax.Array, *, grid: tuple[int, int]
+  ) -> jax.Array:
+    """Predicts the features of every patch.
+
+    Args:
+      x: f32[b k out], visible tokens, without class token.
+      visible: their positions, index [b k].
+      noise: f32[b n out], what stands at the other positions.
+      grid: patches (rows, columns), n in all.
+
+    Returns:
+      f32[b n out].
+    """
+    chex.assert_equal_shape_prefix([x, visible.index, visible.valid], 2)
+    b, n, d = noise.shape
+    index = jnp.where(visible.valid, visible.index, n)  # out of bounds: dropped
+    x = jax.vmap(lambda row, i, at: row.at[i].set(at, mode="drop"))(noise, index, x)
+    x = x.reshape(b, *grid, d)
+    for i in range(self.depth):
+      y = nn.Conv(
+        self.width,
+        (self.kernel, self.kernel),
+        feature_group_count=self.groups,
+        dtype=self.dtype,
+        name=f"conv{i}",
+      )(x)
+      y = nn.gelu(losses.layer_norm(y), approximate=False)
+      x = x + y if x.shape == y.shape else y
+    return dense(self, self.out, name="proj")(x.reshape(b, n, -1)).astype(jnp.float32)

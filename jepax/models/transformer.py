@@ -1,10 +1,11 @@
-"""Pre-norm transformer blocks, unrolled or scanned over depth."""
+"""Transformer blocks, pre-norm or post-norm, unrolled or scanned over depth."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +77,12 @@ def grouped(owner: nn.Module, groups: int, units: int, *, name: str) -> Grouped:
 class Block(nn.Module, kw_only=True):
   """x + attention(norm(x)), then x + mlp(norm(x)); the residual stream keeps x's dtype.
 
+  norms: 'pre', as above, or 'post': norm(x + attention(x)), then norm(x + mlp(x)) (data2vec 2.0).
   heads: attention heads; mlp_width: hidden units (with 'swiglu', of each of its two halves);
   layer_scale: initial value of a learned factor a channel on both branches, None for no factor;
   keep: return only the last `keep` tokens (the others still serve as keys and values), None for
-  all. Queries and keys [b n h e] are sown into the collection 'intermediates', for attention maps.
+  all. Queries and keys [b n h e] are sown into the collection 'intermediates', for attention maps,
+  and what the MLP adds to the residual stream, before scaling, [b n d], into 'mlp' (`mlp_outputs`).
   A branch of a sample is dropped at the given rate where an rng stream 'drop_path' is passed.
   """
 
@@ -91,6 +94,7 @@ class Block(nn.Module, kw_only=True):
   dtype: jnp.dtype = jnp.float32
   layer_scale: float | None = None
   norm_epsilon: float = 1e-6
+  norms: str = "pre"
   keep: int | None = None
 
   @nn.compact
@@ -98,9 +102,10 @@ class Block(nn.Module, kw_only=True):
     self, x: jax.Array, valid: jax.Array | None, drop_rate: jax.Array | float = 0.0
   ) -> jax.Array:
     """x: [b n d], valid: bool[b n] or None, drop_rate: in [0, 1) -> [b n d], or [b keep d]."""
-    d = x.shape[-1]
+    d, post = x.shape[-1], self.norms == "post"
+    norms = [layer_norm(self, n, x.dtype if post else self.dtype) for n in ("norm1", "norm2")]
     x = constrain(x)
-    qkv = grouped(self, 3, d, name="qkv")(layer_norm(self, "norm1", self.dtype)(x))
+    qkv = grouped(self, 3, d, name="qkv")(x if post else norms[0](x))
     q, k, v = (constrain(rearrange(y, "b n (h e) -> b n h e", h=self.heads), split=2) for y in qkv)
     if self.keep is not None:
       q, x = q[:, -self.keep :], x[:, -self.keep :]
@@ -109,11 +114,13 @@ class Block(nn.Module, kw_only=True):
     y = attention(q, k, v, valid=valid, implementation=self.attention)
     y = dense(self, d, name="proj")(rearrange(y, "b n h e -> b n (h e)"))
     x = constrain(x + self._branch(y, drop_rate, "scale1").astype(x.dtype))
+    x = norms[0](x) if post else x
     groups = 2 if self.activation == "swiglu" else 1
     fc1 = grouped(self, groups, self.mlp_width, name="fc1")
-    y = ACTIVATIONS[self.activation](*fc1(layer_norm(self, "norm2", self.dtype)(x)))
-    y = dense(self, d, name="fc2")(y)
-    return x + self._branch(y, drop_rate, "scale2").astype(x.dtype)
+    y = dense(self, d, name="fc2")(ACTIVATIONS[self.activation](*fc1(x if post else norms[1](x))))
+    self.sow("mlp", "out", y)
+    x = x + self._branch(y, drop_rate, "scale2").astype(x.dtype)
+    return norms[1](x) if post else x
 
   def _branch(self, y: jax.Array, drop_rate: jax.Array | float, name: str) -> jax.Array:
     """What the residual stream gets of a branch: scaled, and dropped for some samples."""
@@ -134,8 +141,9 @@ class Stack(nn.Module, kw_only=True):
   scan: one traced block over stacked parameters `blocks` [depth ...] (deep models compile fast)
   instead of `block0`, `block1`, ... (small models run faster). remat: what the backward pass
   recomputes, 'none', 'dots' (all but matrix products) or 'full'. layer_scale: see `Block`.
-  norm_epsilon: of every norm. drop_path: rate of the last block, growing linearly from 0 at the
-  first; it acts where an rng stream of that name is passed, so in fine-tuning alone.
+  norm_epsilon: of every norm. norms: see `Block`. drop_path: rate of the last block, growing
+  linearly from 0 at the first, or with drop_path_shape='uniform' that of every block; it acts where
+  an rng stream of that name is passed, so in training that asks for it alone.
 
   Raises:
     ValueError: an unknown name, a size below 1, or a width that the heads don't divide.
@@ -151,7 +159,9 @@ class Stack(nn.Module, kw_only=True):
   dtype: jnp.dtype = jnp.float32
   layer_scale: float | None = None
   norm_epsilon: float = 1e-6
+  norms: str = "pre"
   drop_path: float = 0.0
+  drop_path_shape: str = "linear"
   scan: bool = False
   remat: str = "none"
 
@@ -160,6 +170,8 @@ class Stack(nn.Module, kw_only=True):
     one_of(self.init_name, INITS, where="init_name")
     one_of(self.attention, IMPLEMENTATIONS, where="attention")
     one_of(self.remat, REMAT, where="remat")
+    one_of(self.norms, ("pre", "post"), where="norms")
+    one_of(self.drop_path_shape, ("linear", "uniform"), where="drop_path_shape")
     for name in ("width", "depth", "mlp_width"):
       size = getattr(self, name)
       if size is not None and size < 1:
@@ -214,7 +226,8 @@ class Transformer(Stack):
     return x if last is None else jnp.stack(outputs[-last:])
 
   def _drop_rates(self) -> list[float]:
-    return np.linspace(0, self.drop_path, self.depth).tolist()
+    first = self.drop_path if self.drop_path_shape == "uniform" else 0
+    return np.linspace(first, self.drop_path, self.depth).tolist()
 
   def _block(self) -> Callable[..., Block]:
     block = Block
@@ -230,6 +243,7 @@ class Transformer(Stack):
       dtype=self.dtype,
       layer_scale=self.layer_scale,
       norm_epsilon=self.norm_epsilon,
+      norms=self.norms,
     )
 
   def _scanned(self, block: Block, x: jax.Array, valid: jax.Array | None, collect: bool):
@@ -241,7 +255,7 @@ class Transformer(Stack):
 
     body = nn.scan(
       step,
-      variable_axes={"params": 0, "intermediates": 0},
+      variable_axes={"params": 0, "intermediates": 0, "mlp": 0},
       split_rngs={"params": True, "drop_path": True},
       length=self.depth,
     )
@@ -252,3 +266,20 @@ def transformer(owner: Stack) -> Transformer:
   """The blocks of a module that shares their fields, under the name 'transformer'."""
   names = {f.name for f in dataclasses.fields(Stack)} - {"parent", "name"}
   return Transformer(**{name: getattr(owner, name) for name in names}, name="transformer")
+
+
+def mlp_outputs(collection: Mapping[str, Any], *, depth: int, last: int) -> list[jax.Array]:
+  """What the MLPs of the last blocks added to the residual stream.
+
+  Args:
+    collection: 'mlp' of an encoder applied with mutable=['mlp'].
+    depth: blocks of its transformer.
+    last: how many blocks, counted from the end.
+
+  Returns:
+    `last` arrays [b n d], the deepest last.
+  """
+  sown = collection["transformer"]
+  if "blocks" in sown:  # a scanned stack, [depth b n d]
+    return list(sown["blocks"]["out"][0][-last:])
+  return [sown[f"block{i}"]["out"][0] for i in range(depth - last, depth)]

@@ -15,6 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from jepax.masks.tokens import TokenSet, gather
+from jepax.models.positions import interpolate
 from jepax.models.transformer import Stack, dense, layer_norm, transformer
 from jepax.names import one_of
 
@@ -92,7 +93,11 @@ class ViT(Stack, kw_only=True):
   position: 'sincos', the frozen table of any grid, zero for the class token; or 'learned', a
     table for `grid` and, where there is one, the class token.
   grid: patches (rows, columns) of a learned table.
-  final_norm: norm the output; without it tokens leave as the last block made them.
+  resize: what a learned table does on another grid: 'refuse', or interpolate, 'bicubic' (DINOv2)
+    or 'antialias' (DINOv2 with registers).
+  token_std: of the initial class token and registers.
+  final_norm: norm the output; without it tokens leave as the last block made them, which with
+    norms='post' they always do: there the one norm outside the blocks stands before them.
   The other fields are those of `Stack`; `vit` has sizes by name.
   """
 
@@ -102,10 +107,13 @@ class ViT(Stack, kw_only=True):
   mask_token: bool = False
   position: str = "sincos"
   grid: tuple[int, int] | None = None
+  resize: str = "refuse"
+  token_std: float = 0.02
   final_norm: bool = True
 
   def __post_init__(self):
     one_of(self.position, ("sincos", "learned"), where="position")
+    one_of(self.resize, ("refuse", "bicubic", "antialias"), where="resize")
     if self.patch < 1 or self.registers < 0:
       raise ValueError(
         f"patch must be at least 1 and registers at least 0, found {self.patch}, {self.registers}"
@@ -136,8 +144,9 @@ class ViT(Stack, kw_only=True):
 
     Args:
       images: f32[b h w c], normalised; any size that divides by the patch, except that a learned
-        position table fixes the grid.
-      tokens: which patches to see, index [b k]; None for all.
+        position table fixes the grid, unless `resize` says how to interpolate it.
+      tokens: which patches to see, index [b k]; None for all. With index [b m k] every image is
+        encoded m times, and b below stands for b*m, the m sets of an image side by side.
       hidden: bool[b n], patches to replace by the mask token, without `tokens`.
       last: return the outputs of the last `last` blocks, each through the final norm.
 
@@ -155,11 +164,17 @@ class ViT(Stack, kw_only=True):
       valid = None
     else:  # gather pixels rather than embeddings: the projection then runs on kept patches only
       patches, position, valid = gather(patches, tokens), position[tokens.index], tokens.valid
+      if valid.ndim == 3:
+        patches, position, valid = (
+          x.reshape(-1, *x.shape[2:]) for x in (patches, position, valid)
+        )  # [b*m k ...]
     x = dense(self, self.width, name="embed")(patches).astype(jnp.float32)  # [b k d]
     if self.mask_token:
       token = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width))
       x = x if hidden is None else jnp.where(hidden[..., None], token, x)
     x, valid = self._prepend(x + position, valid, first)
+    if self.norms == "post":
+      return transformer(self)(layer_norm(self, "embed_norm", jnp.float32)(x), valid, last=last)
     x = transformer(self)(x, valid, last=last)
     return layer_norm(self, "norm", jnp.float32)(x) if self.final_norm else x
 
@@ -167,24 +182,26 @@ class ViT(Stack, kw_only=True):
     """Positions of the class token, [d] or 0, and of the patches, [n d]."""
     if self.position == "sincos":
       return 0.0, jnp.asarray(sincos2d(grid, self.width))
-    if grid != self.grid:
+    if grid != self.grid and self.resize == "refuse":
       raise ValueError(
         f"this encoder has learned positions for a grid of {self.grid} patches and was given "
-        f"{grid}; resize its images, or its table (jepax.convert.positions)"
+        f"{grid}; resize its images, or its table (field resize, jepax.convert.positions)"
       )
-    rows = int(self.class_token) + grid[0] * grid[1]
+    rows = int(self.class_token) + self.grid[0] * self.grid[1]
     table = self.param("position", nn.initializers.truncated_normal(0.02), (rows, self.width))
-    return (table[0], table[1:]) if self.class_token else (0.0, table)
+    first, table = (table[0], table[1:]) if self.class_token else (0.0, table)
+    antialias = self.resize == "antialias"
+    return first, interpolate(table, old=self.grid, new=grid, antialias=antialias)
 
   def _prepend(self, x, valid, position):
     """Puts class token and registers before the patches."""
-    before = []
+    before, init = [], nn.initializers.normal(self.token_std)
     if self.class_token:
-      token = self.param("class_token", nn.initializers.normal(0.02), (1, 1, self.width))
+      token = self.param("class_token", init, (1, 1, self.width))
       before.append(token + position)
     if self.registers:
       shape = (1, self.registers, self.width)
-      before.append(self.param("registers", nn.initializers.normal(0.02), shape))
+      before.append(self.param("registers", init, shape))
     if not before:
       return x, valid
     before = [jnp.broadcast_to(t, (x.shape[0], *t.shape[1:])) for t in before]

@@ -156,8 +156,7 @@ def make_train_step(
     moved = (params, carry, opt_state)
     kept = (state.params, state.carry, state.opt_state)
     params, carry, opt_state = jax.tree.map(lambda m, k: jnp.where(finite, m, k), moved, kept)
-    bad = (~finite).astype(jnp.int32)
-    skipped = jnp.stack([(state.skipped[0] + 1) * bad, state.skipped[1] + bad])
+    skipped = jnp.stack([(state.skipped[0] + 1) * ~finite, state.skipped[1] + ~finite])
     metrics = {
       **out.metrics,
       "train/loss": loss,

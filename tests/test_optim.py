@@ -232,3 +232,59 @@ def test_an_unscheduled_part_has_to_exist():
   optimizer = optim.build(section(unscheduled="predicter"), steps=STEPS, warmup=WARMUP)
   with pytest.raises(ValueError, match="did you mean 'predictor'"):
     optimizer.tx.init({"encoder": params(), "predictor": params()})
+
+
+# --- parts and layers -----------------------------------------------------------------------
+
+
+def encoder_params(scan: bool) -> dict:
+  kernel = np.ones((2, 3), np.float32)
+  block = {"fc1": {"kernel": kernel}}
+  stack = {"blocks": {"fc1": {"kernel": np.stack([kernel, kernel])}}}
+  return {
+    "encoder": {
+      "embed": {"kernel": kernel},
+      "class_token": kernel,
+      "norm": {"scale": kernel},
+      "transformer": stack if scan else {"block0": block, "block1": block},
+    },
+    "dino_head": {"dense0": {"kernel": kernel}, "prototypes": {"kernel": kernel}},
+  }
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_layer_decay_embed_scale_and_freeze_reach_the_update(scan):
+  """Plain steps of size lr: what remains of 1 is each leaf's share of the rate."""
+  c = section(
+    name="lars", lr=1e-3, start_lr=1e-3, final_lr=1e-3, weight_decay=0.0, final_weight_decay=0.0,
+    b1=0.0, layer_decay=0.5, embed_scale=0.2,
+  )  # fmt: skip
+  tx = optim.build(c, steps=9, warmup=0, freeze=2).tx
+  tree = encoder_params(scan)
+  state, moves = tx.init(tree), []
+  for _ in range(3):
+    updates, state = jax.jit(tx.update)(tree, state, tree)
+    moves.append(flat(updates))
+  share = {path: float(-x.ravel()[0]) / 1e-6 for path, x in moves[-1].items()}
+  last = {path: float(-x.ravel()[-1]) / 1e-6 for path, x in moves[-1].items()}
+  blocks = "['encoder']['transformer']"
+  if scan:
+    found = [f(f"{blocks}['blocks']['fc1']['kernel']") for f in (share.get, last.get)]
+  else:
+    found = [share[f"{blocks}['block{i}']['fc1']['kernel']"] for i in (0, 1)]
+  np.testing.assert_allclose(found, [0.25, 0.5], rtol=1e-4)
+  np.testing.assert_allclose(share["['encoder']['embed']['kernel']"], 0.125 * 0.2, rtol=1e-4)
+  np.testing.assert_allclose(share["['encoder']['class_token']"], 0.125, rtol=1e-4)
+  np.testing.assert_allclose(share["['dino_head']['dense0']['kernel']"], 1.0, rtol=1e-4)
+  for k, move in enumerate(moves):
+    moved = np.any(move["['dino_head']['prototypes']['kernel']"])
+    assert moved == (k >= 2) and np.any(move["['dino_head']['dense0']['kernel']"])
+
+
+def test_clip_parts_clips_each_part_on_its_own():
+  updates = {"a": {"x": jnp.asarray([3.0, 4.0])}, "b": {"x": jnp.asarray([0.3]), "y": jnp.zeros(2)}}
+  found, _ = optim.clip_parts(0.5).update(updates, optim.clip_parts(0.5).init(updates))
+  np.testing.assert_allclose(found["a"]["x"], [0.3, 0.4], rtol=1e-6)
+  np.testing.assert_array_equal(found["b"]["x"], updates["b"]["x"])
+  whole = optim.build(section(name="lars", clip=0.5, clip_parts=True), steps=4, warmup=0)
+  assert whole.tx.update(updates, whole.tx.init(updates), updates)[0]["a"]["x"].shape == (2,)

@@ -33,11 +33,10 @@ METHODS = {
     ibot_head=dict(prototypes=16),
     views=dict(crop_scale=(0.5, 1.0), flip=0.5),
     local=dict(crop_scale=(0.2, 0.5), size=8),
-    local_views=2,
+    local_views=1,
     masks=dict(ratio=(0.2, 0.5)),
     momentum=(0.9, 1.0),
     centering="sinkhorn",
-    gram=dict(weight=1.0, start=0.3, every=0.2, copies=2),
   ),
   "ijepa": dict(
     encoder=ENCODER,

@@ -55,7 +55,8 @@ class DINOv2:
 
   encoder: a ViT with class token and mask token. dino_head: a DinoHead on class tokens.
   ibot_head: another on hidden patches; None: dino_head itself.
-  masks: sampler of the hidden patches of both global crops, targets [b 2 k].
+  masks: sampler of the hidden patches of both global crops, targets [b 2 k]; masked: the most
+  crops of a sample that have any.
   views: a MultiCrop, two global crops first. grid: patches (rows, columns) of a global crop.
   momentum, temperature: step -> the teacher's EMA momentum, temperature.
   centering: 'softmax' (moving centers, in `carry`) or 'sinkhorn'.
@@ -69,6 +70,7 @@ class DINOv2:
   masks: Any
   views: Any
   grid: tuple[int, int]
+  masked: int
   momentum: Callable[[jax.Array], jax.Array]
   temperature: Callable[[jax.Array], jax.Array]
   centering: str = "softmax"
@@ -124,7 +126,7 @@ class DINOv2:
     views, masks = self.draw_views(view_key, batch), self.draw_masks(mask_key, batch)
     crops = rearrange(jnp.stack(views[:GLOBAL], 1), "b v h w c -> (b v) h w c")
     hidden = to_bool(masks.targets, count=self.grid[0] * self.grid[1])
-    which = busiest(masks.targets, count=self.masks.masked, patches=hidden.shape[-1])  # [b m k]
+    which = busiest(masks.targets, count=self.masked, patches=hidden.shape[-1])  # [b m k]
 
     teacher = self._encode(carry["target"], crops, b=b)  # [b v p+n d]
     student = self._encode(
@@ -327,11 +329,13 @@ def build(
     if key in shares:
       shares[key] = max(1, round(shares[key] * run.steps))
   own = None if ibot_head is None else construct(DinoHead, {**head, **ibot_head}, **heads)
+  sampler = construct(CropBlocks, masks, where="method.masks", grid=grid, crops=GLOBAL)
   return DINOv2(
     encoder=network,
     dino_head=construct(DinoHead, head, **heads),
     ibot_head=own,
-    masks=construct(CropBlocks, masks, where="method.masks", grid=grid, crops=GLOBAL),
+    masks=sampler,
+    masked=sampler.masked,
     views=MultiCrop((first, other, *[small] * local_views)),
     grid=grid,
     momentum=cosine(*momentum, steps=run.steps),

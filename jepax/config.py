@@ -56,14 +56,9 @@ def base() -> ConfigDict:
       freeze="0 steps",  # how long the prototypes of heads don't move at the start
     )
   )
-  config.mesh = ConfigDict(
-    dict(
-      data=-1,  # -1: all the devices that the others leave
-      fsdp=1,
-      tensor=1,  # heads and hidden units split; see docs/scaling.md
-      cpu_devices=0,  # on CPU alone: devices its cores are shared among; 0 for a good number
-    )
-  )
+  # See docs/scaling.md. data=-1: all the devices that the others leave. cpu_devices: on CPU alone,
+  # what its cores are shared among; 0 for a good number.
+  config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, cpu_devices=0))
   config.checkpoint = ConfigDict(dict(every="10%", keep=2))
   config.log = ConfigDict(dict(every="20 steps", tensorboard=True, wandb=""))  # wandb: project
   config.eval = ConfigDict(
@@ -76,9 +71,8 @@ def base() -> ConfigDict:
       batch_size=256,  # images a forward pass
     )
   )
-  config.stop = ConfigDict(  # early stopping on a logged metric; '' for none
-    dict(metric="", mode="max", patience=3, min_delta=0.0)
-  )
+  # Early stopping on a logged metric; '' for none.
+  config.stop = ConfigDict(dict(metric="", mode="max", patience=3, min_delta=0.0))
   config.max_skipped = 10  # non-finite updates in a row that end the run
   return config
 

@@ -27,8 +27,9 @@ from jepax.data.loader import Loader
 from jepax.evals.online import Probe, flatten
 from jepax.experiment import Experiment, prepare
 from jepax.lock import local_path, lock
-from jepax.metrics import SHOWN, Progress, Shown, StepTimer, Writer, check_wandb
+from jepax.metrics import SHOWN, Progress, Shown, Writer, check_wandb
 from jepax.pretrained import Preprocess
+from jepax.timing import StepTimer
 from jepax.versions import code_version
 
 # What may change between the run in a workdir and the one that continues it.

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jepax import config as config_lib
-from jepax.data.augment import crop_resize
-from jepax.data.multicrop import Crop, MultiCrop
+from jepax.data.augment import Augment
+from jepax.data.resample import crop_resize
+from jepax.data.views import MultiCrop
 from jepax.masks.tokens import TokenSet
 from jepax.methods import dinov2
 from jepax.models.positions import interpolate
@@ -229,8 +230,8 @@ def test_learned_positions_are_interpolated_for_local_crops(antialias):
 
 
 def test_crops_have_their_sizes_and_are_crops():
-  crop = Crop(mean=(0.0,), std=(1.0,), crop_scale=(0.1, 0.4), size=3)
-  whole = Crop(mean=(0.0,), std=(1.0,))
+  crop = Augment(mean=(0.0,), std=(1.0,), crop_scale=(0.1, 0.4), size=3)
+  whole = Augment(mean=(0.0,), std=(1.0,))
   images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), dtype=np.uint8)
   keys = jax.random.split(jax.random.key(0), (3, 2))
   views = MultiCrop((whole, crop, crop))(keys, jnp.asarray(images))

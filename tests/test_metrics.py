@@ -17,7 +17,8 @@ from rich.console import Console
 
 from jepax.data.loader import Loader
 from jepax.data.sources import ArraySource
-from jepax.metrics import Progress, StepTimer, Writer, read_history
+from jepax.metrics import Progress, Writer, read_history
+from jepax.timing import StepTimer
 
 
 class Clock:

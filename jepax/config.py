@@ -56,8 +56,7 @@ def base() -> ConfigDict:
       freeze="0 steps",  # how long the prototypes of heads don't move at the start
     )
   )
-  # See docs/scaling.md. data=-1: all the devices that the others leave. cpu_devices: on CPU alone,
-  # what its cores are shared among; 0 for a good number.
+  # data=-1: all devices the others leave; cpu_devices: what a CPU's cores are, 0 for a good number.
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, cpu_devices=0))
   config.checkpoint = ConfigDict(dict(every="10%", keep=2))
   config.log = ConfigDict(dict(every="20 steps", tensorboard=True, wandb=""))  # wandb: project

@@ -18,7 +18,6 @@ import numpy as np
 
 from jepax.experiment import Experiment
 from jepax.planning.hlo import Traffic, collectives
-from jepax.planning.targets import GIB
 
 _SHORTAGE = re.compile(
   r"(?:Ran out of memory|CompileTimeHbmOom).*?([\d.]+)([KMGT])\)? exceeds available HBM "
@@ -113,11 +112,6 @@ def state_bytes(experiment: Experiment) -> int:
   """Bytes of the training state on each device."""
   leaves = jax.tree.leaves(experiment.abstract_state)
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-
-
-def gib(count: float) -> str:
-  """'12.76 GiB'."""
-  return f"{count / GIB:.2f} GiB"
 
 
 def _memory(analysis: Any) -> Memory:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jepax.planning.aot import gib
 from jepax.planning.plan import Plan
 
 
@@ -27,15 +26,29 @@ def text(plan: Plan, *, config: str) -> str:
   return "\n".join([config, *lines])
 
 
+def _amount(value: float, unit: str = "") -> str:
+  """1.5e9 -> '1.50 G'."""
+  for prefix in ("", "k", "M", "G", "T", "P"):
+    if abs(value) < 1000 or prefix == "P":
+      break
+    value /= 1000
+  return f"{value:.2f} {prefix}{unit}".rstrip()
+
+
+def _bytes(count: float) -> str:
+  """'12.76 GiB', smaller ones in MiB."""
+  return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
 def _size(plan: Plan) -> list[tuple[str, str]]:
-  parts = ", ".join(f"{name} {count / 1e6:,.1f} M" for name, count in plan.parameters.items())
+  parts = ", ".join(f"{name} {_amount(count)}" for name, count in plan.parameters.items())
   step = plan.flops_per_image * plan.batch_size
   return [
-    ("parameters", f"{sum(plan.parameters.values()) / 1e6:,.1f} M: {parts}"),
+    ("parameters", f"{_amount(sum(plan.parameters.values()))}: {parts}"),
     (
       "model FLOPs",
-      f"{plan.flops_per_image / 1e9:,.2f} GFLOP an image, {step / 1e12:,.2f} TFLOP a step "
-      "(matrix products, forward and backward, nothing counted twice)",
+      f"{_amount(plan.flops_per_image, 'FLOP')} an image, {_amount(step, 'FLOP')} a step "
+      "(matrix products, forward and backward, none made again)",
     ),
   ]
 
@@ -44,9 +57,11 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
   memory = plan.program.memory
   if memory is None:
     return []
-  rows = [("memory a device", f"{gib(memory.total)} in all; {gib(memory.peak)} in use at the peak")]
+  rows = [
+    ("memory a device", f"{_bytes(memory.total)} in all; {_bytes(memory.peak)} in use at the peak")
+  ]
   for name in ("arguments", "outputs", "aliased", "temporaries", "code"):
-    rows.append((f"  {name}", gib(getattr(memory, name))))
+    rows.append((f"  {name}", _bytes(getattr(memory, name))))
   return rows
 
 
@@ -54,7 +69,7 @@ def _collectives(plan: Plan) -> list[tuple[str, str]]:
   if plan.program.collectives is None:
     return []
   rows = [
-    (f"  {kind}", f"{traffic.count:,} a step, {gib(traffic.bytes)}")
+    (f"  {kind}", f"{traffic.count:,} a step, {_bytes(traffic.bytes)}")
     for kind, traffic in plan.program.collectives.items()
   ]
   rows.insert(0, ("collectives", "results on one device" if rows else "none"))
@@ -71,7 +86,7 @@ def _verdict(plan: Plan) -> list[tuple[str, str]]:
   verdict = "yes" if plan.fits else "NO, it does not fit"
   needed, capacity = plan.program.needed, plan.capacity
   rows = [
-    ("fits", f"{verdict}: needs {gib(needed)} of {gib(capacity)} ({needed / capacity:.0%})"),
+    ("fits", f"{verdict}: needs {_bytes(needed)} of {_bytes(capacity)} ({needed / capacity:.0%})"),
   ]
   if plan.largest is None:
     return rows

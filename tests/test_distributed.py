@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -273,12 +272,10 @@ def test_a_signal_a_loss_and_other_numbers_of_processes(folder, reference):
     ), done.text
   assert "stack trace" not in done.text and "Traceback" not in done.text
 
-  shutil.copytree(folder / "moved", folder / "kept")
-  for run, processes, devices in (("moved", 1, 1), ("kept", 2, 4)):
-    done = train(folder, run, processes=processes, devices=devices)
-    assert done.code == 0, done.text
-    assert f"going on from step {last} of {STEPS}" in done.text
-    assert_same(losses(folder, run), reference)
+  done = train(folder, "moved", processes=1, devices=1)
+  assert done.code == 0, done.text
+  assert f"going on from step {last} of {STEPS}" in done.text
+  assert_same(losses(folder, "moved"), reference)
 
 
 def test_a_workdir_in_use_is_refused_by_all_processes(folder, reference):

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jepax import losses
 from jepax.config import Run
 from jepax.core import Batch, Carry, LossOut, Params
-from jepax.methods.two_views import TwoViews, build_encoder, build_views
-from jepax.models.heads import MLP
+from jepax.methods.two_views import TwoViews, build_encoder, build_head, build_views
 
 
 def redundancy(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +80,7 @@ def build(
   return BarlowTwins(
     encoder=build_encoder(run, encoder),
     # Its last norm, without scale and shift, is the standardisation that the loss asks for.
-    projector=MLP(widths=tuple(projector), bias=False, out_norm="plain", dtype=run.dtype),
+    projector=build_head(run, projector, where="method.projector", bias=False, out_norm="plain"),
     views=build_views(run, views, second),
     off_diagonal=off_diagonal,
   )

@@ -17,11 +17,11 @@ from jepax.core import Batch, Carry, LossOut, Params
 from jepax.methods.two_views import (
   WithTarget,
   build_encoder,
+  build_head,
   build_views,
   check_momentum,
   spread,
 )
-from jepax.models.heads import MLP
 from jepax.optim import cosine
 
 
@@ -68,11 +68,11 @@ def build(
     ValueError: an unknown key, or a value that can't work.
   """
   check_momentum(momentum)
-  head = dict(bias=False, out_bias=True, dtype=run.dtype)
+  head = dict(bias=False, out_bias=True)
   return BYOL(
     encoder=build_encoder(run, encoder),
-    projector=MLP(widths=tuple(projector), **head),
-    predictor=MLP(widths=(predictor, projector[-1]), **head),
+    projector=build_head(run, projector, where="method.projector", **head),
+    predictor=build_head(run, (predictor, projector[-1]), where="method.predictor", **head),
     views=build_views(run, views, second),
     momentum=cosine(*momentum, steps=run.steps),
   )

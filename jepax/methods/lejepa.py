@@ -19,8 +19,7 @@ from jepax.config import Run, construct
 from jepax.core import Batch, Carry, LossOut, Params
 from jepax.data.augment import Augment
 from jepax.data.views import MultiCrop
-from jepax.methods.two_views import TwoViews, build_encoder
-from jepax.models.heads import MLP
+from jepax.methods.two_views import TwoViews, build_encoder, build_head
 from jepax.names import one_of
 from jepax.sigreg import draw_directions, sigreg
 
@@ -168,7 +167,7 @@ def build(
   one_of(convention, CONVENTIONS, where="method.convention")
   return LeJEPA(
     encoder=build_encoder(run, encoder),
-    projector=MLP(widths=tuple(projector), out_bias=True, dtype=run.dtype),
+    projector=build_head(run, projector, where="method.projector", out_bias=True),
     views=MultiCrop((crop,) * global_views + (small,) * local_views),
     global_views=global_views,
     convention=convention,

@@ -17,11 +17,11 @@ from jepax.core import Batch, Carry, LossOut, Params
 from jepax.methods.two_views import (
   WithTarget,
   build_encoder,
+  build_head,
   build_views,
   check_momentum,
   spread,
 )
-from jepax.models.heads import MLP
 from jepax.optim import cosine
 
 
@@ -108,11 +108,11 @@ def build(
     ValueError: an unknown key, or a value that can't work.
   """
   check_momentum(momentum)
-  head = dict(bias=False, out_norm="plain", dtype=run.dtype)
+  head = dict(bias=False, out_norm="plain")
   return MoCoV3(
     encoder=build_encoder(run, encoder),
-    projector=MLP(widths=tuple(projector), **head),
-    predictor=MLP(widths=(predictor, projector[-1]), **head),
+    projector=build_head(run, projector, where="method.projector", **head),
+    predictor=build_head(run, (predictor, projector[-1]), where="method.predictor", **head),
     views=build_views(run, views, second),
     temperature=temperature,
     momentum=cosine(*momentum, steps=run.steps),

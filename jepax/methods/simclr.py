@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jepax import losses
 from jepax.config import Run
 from jepax.core import Batch, Carry, LossOut, Params
-from jepax.methods.two_views import TwoViews, build_encoder, build_views, spread
-from jepax.models.heads import MLP
+from jepax.methods.two_views import TwoViews, build_encoder, build_head, build_views, spread
 
 
 def nt_xent(x: jax.Array, y: jax.Array, *, temperature: float) -> jax.Array:
@@ -90,7 +89,7 @@ def build(
   """
   return SimCLR(
     encoder=build_encoder(run, encoder),
-    projector=MLP(widths=tuple(projector), bias=False, out_norm="affine", dtype=run.dtype),
+    projector=build_head(run, projector, where="method.projector", bias=False, out_norm="affine"),
     views=build_views(run, views, second),
     temperature=temperature,
   )

@@ -14,8 +14,7 @@ import jax
 from jepax import losses
 from jepax.config import Run
 from jepax.core import Batch, Carry, LossOut, Params
-from jepax.methods.two_views import Predicting, build_encoder, build_views, spread
-from jepax.models.heads import MLP
+from jepax.methods.two_views import Predicting, build_encoder, build_head, build_views, spread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,9 @@ def build(
   out = projector[-1]
   return SimSiam(
     encoder=build_encoder(run, encoder),
-    projector=MLP(widths=tuple(projector), bias=False, out_norm="plain", dtype=run.dtype),
-    predictor=MLP(widths=(predictor, out), bias=False, out_bias=True, dtype=run.dtype),
+    projector=build_head(run, projector, where="method.projector", bias=False, out_norm="plain"),
+    predictor=build_head(
+      run, (predictor, out), where="method.predictor", bias=False, out_bias=True
+    ),
     views=build_views(run, views, second),
   )

@@ -10,7 +10,7 @@ A method is one of the three classes below with a `loss` of its own:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -21,6 +21,7 @@ from jepax.config import Run, construct
 from jepax.core import Batch, Carry, Features, Params, ema, sample_keys
 from jepax.data.augment import Augment
 from jepax.data.views import MultiCrop
+from jepax.models.heads import MLP
 from jepax.models.vit import ViT, vit
 
 
@@ -141,6 +142,21 @@ def build_encoder(run: Run, encoder: Mapping[str, Any]) -> ViT:
   """The encoder of a config's section `method.encoder`, arguments of `models.vit.vit`."""
   fixed = dict(registers=0, mask_token=False, drop_path=0.0)
   return construct(vit, encoder, where="method.encoder", dtype=run.dtype, **fixed)
+
+
+def build_head(run: Run, widths: Sequence[int], *, where: str, **fields: Any) -> MLP:
+  """A head of hidden and output widths that a config gives.
+
+  Raises:
+    ValueError: fewer than two widths, or one that is no whole number of at least 1.
+  """
+  widths = tuple(widths)
+  if len(widths) < 2 or any(not isinstance(w, int) or w < 1 for w in widths):
+    raise ValueError(
+      f"{where}={widths} must be hidden widths and the output's, whole numbers of at least 1, such "
+      "as (2048, 128)"
+    )
+  return MLP(widths=widths, dtype=run.dtype, **fields)
 
 
 def build_views(

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jepax import losses
 from jepax.config import Run
 from jepax.core import Batch, Carry, LossOut, Params
-from jepax.methods.two_views import TwoViews, build_encoder, build_views
-from jepax.models.heads import MLP
+from jepax.methods.two_views import TwoViews, build_encoder, build_head, build_views
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ def build(
   """
   return VICReg(
     encoder=build_encoder(run, encoder),
-    projector=MLP(widths=tuple(expander), dtype=run.dtype),
+    projector=build_head(run, expander, where="method.expander"),
     views=build_views(run, views, second),
     invariance=invariance,
     variance=variance,

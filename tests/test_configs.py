@@ -91,7 +91,8 @@ def test_docstring_says_how_to_run(name):
 def test_train_step_at_full_size(name):
   experiment = full_size(name)
   c, state = experiment.config, experiment.abstract_state
-  tx = optim.build(c.optim, steps=experiment.steps, warmup=1).tx
+  freeze = int(not str(c.optim.freeze).startswith("0"))  # for how long does not show in shapes
+  tx = optim.build(c.optim, steps=experiment.steps, warmup=1, freeze=freeze).tx
   step = make_train_step(experiment.method, tx, accumulate=c.accumulate)
   batch = {"image": images(c, count=c.batch_size)}
   with jax.set_mesh(experiment.mesh):

@@ -88,9 +88,9 @@ class DINOv2:
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:
     """Encoder and heads; the teacher starts as their copy, centers at 0."""
     encoder_key, dino_key, ibot_key = jax.random.split(key, 3)
-    crop = self.draw_views(key, batch)[0]
-    hidden = jnp.zeros((len(crop), self.grid[0] * self.grid[1]), bool)
-    encoder = self.encoder.init(encoder_key, crop, hidden=hidden)["params"]
+    sides = [n * self.encoder.patch for n in self.grid]
+    crop = jnp.zeros((1, *sides, batch["image"].shape[-1]))
+    encoder = self.encoder.init(encoder_key, crop)["params"]
     feature = jnp.zeros((1, self.encoder.width))
     params = {"encoder": encoder, "dino_head": self.dino_head.init(dino_key, feature)["params"]}
     if self.ibot_head is not None:

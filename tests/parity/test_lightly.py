@@ -1,4 +1,4 @@
-"""Losses and their gradients against lightly's, live: `pip install lightly`."""
+"""Losses and their gradients against lightly's, live: pip install '.[parity]'."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-lightly = pytest.importorskip("lightly.loss")
-lejepa_loss = pytest.importorskip("lightly.loss.lejepa_loss")
+pytest.importorskip("lightly")
+
+from parity import light  # noqa: E402
 
 from jepax import losses  # noqa: E402
 from jepax.methods.barlow_twins import redundancy  # noqa: E402
@@ -17,6 +18,9 @@ from jepax.methods.lejepa import CONVENTIONS, invariance  # noqa: E402
 from jepax.methods.simclr import nt_xent  # noqa: E402
 from jepax.models.heads import BatchNorm  # noqa: E402
 from jepax.sigreg import sigreg  # noqa: E402
+
+lightly, _, _ = light.load()
+from lightly.loss import lejepa_loss  # noqa: E402
 
 # Rows and features: more of the one, then of the other, since Gram matrices are of the smaller.
 SHAPES = [(16, 6), (6, 16)]

@@ -55,7 +55,11 @@ METHODS = {
   ),
   "mae": dict(encoder=ENCODER, decoder=dict(width=16, depth=1, heads=2), views=dict()),
   "moco_v3": dict(
-    encoder=dict(**ENCODER, class_token=True), projector=(32, 16), predictor=32, views=VIEWS
+    encoder=dict(**ENCODER, class_token=True),
+    projector=(32, 16),
+    predictor=32,
+    temperature=0.1,
+    views=VIEWS,
   ),
   "simclr": dict(encoder=ENCODER, projector=(32, 16), views=VIEWS),
   "simsiam": dict(encoder=ENCODER, projector=(32, 16), predictor=8, views=VIEWS),

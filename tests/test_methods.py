@@ -58,8 +58,20 @@ def start(name):
   return method, *jax.jit(method.init)(jax.random.key(0), batch), batch
 
 
-def loss_of(method, params, carry, batch, *, seed: int = 1):
-  return jax.jit(method.loss)(params, carry, batch, jax.random.key(seed), jnp.zeros((), jnp.int32))
+def jitted(method, params, carry):
+  """The loss at step 0, compiled once: (batch, seed) -> value, LossOut."""
+  compiled = jax.jit(method.loss)
+
+  def call(batch, seed: int = 1):
+    return compiled(params, carry, batch, jax.random.key(seed), jnp.zeros((), jnp.int32))
+
+  return call
+
+
+@pytest.fixture(scope="module")
+def loss(start):
+  method, params, carry, _ = start
+  return jitted(method, params, carry)
 
 
 def test_every_method_is_in_the_suite():
@@ -143,11 +155,10 @@ def test_one_trace(name):
 def test_no_gradient_into_the_carry(name, start):
   """The target encoder and all else that is carried get exactly none."""
   method, params, carry, batch = start
-  grads = jax.jit(jax.grad(lambda c: method.loss(params, c, batch, jax.random.key(1), 0)[0]))(carry)
-  for leaf in jax.tree.leaves(grads):
+  both = jax.grad(lambda p, c: method.loss(p, c, batch, jax.random.key(1), 0)[0], argnums=(0, 1))
+  online, carried = jax.jit(both)(params, carry)
+  for leaf in jax.tree.leaves(carried):
     assert not np.any(leaf)
-  grad = jax.grad(lambda p: method.loss(p, carry, batch, jax.random.key(1), 0)[0])
-  online = jax.jit(grad)(params)
   assert all(np.any(leaf) for leaf in jax.tree.leaves(online["encoder"]["transformer"]))
 
 
@@ -166,16 +177,14 @@ def padded(sampler):
   return draw
 
 
-def test_padding_never_changes_the_loss(name, start):
+def test_padding_never_changes_the_loss(start, loss):
   method, params, carry, batch = start
   if not hasattr(method, "masks"):
     assert isinstance(method, TwoViews)  # no token sets, nothing to pad
     return
-  wider = dataclasses.replace(method, masks=padded(method.masks))
-  for seed in (1, 2):
-    loss, _ = loss_of(method, params, carry, batch, seed=seed)
-    same, _ = loss_of(wider, params, carry, batch, seed=seed)
-    np.testing.assert_allclose(same, loss, rtol=1e-6)  # float32 sums over other lengths
+  wider = jitted(dataclasses.replace(method, masks=padded(method.masks)), params, carry)
+  for seed in (1, 2):  # float32 sums over other lengths
+    np.testing.assert_allclose(wider(batch, seed)[0], loss(batch, seed)[0], rtol=1e-6)
 
 
 def test_accumulation_is_exact_or_refused(name):
@@ -194,11 +203,10 @@ def test_accumulation_is_exact_or_refused(name):
   chex.assert_trees_all_close(split.params, whole.params, rtol=1e-4, atol=1e-6)
 
 
-def test_labels_are_never_read(name, start):
-  method, params, carry, batch = start
-  loss, _ = loss_of(method, params, carry, batch)
+def test_labels_are_never_read(start, loss):
+  batch = start[-1]
   labelled = {**batch, "label": jnp.full((tiny.BATCH,), jnp.nan)}
-  assert loss_of(method, params, carry, labelled)[0] == loss
+  assert loss(labelled)[0] == loss(batch)[0]
 
 
 @of_the_step
@@ -241,9 +249,8 @@ def test_encode_is_deterministic_and_shaped(name, one_device):
     np.testing.assert_allclose(turned, features.pooled, rtol=1e-5, atol=1e-6)
 
 
-def test_metrics_are_float32_scalars(name, start):
-  method, params, carry, batch = start
-  _, out = loss_of(method, params, carry, batch)
+def test_metrics_are_float32_scalars(start, loss):
+  _, out = loss(start[-1])
   for key, value in out.metrics.items():
     assert "/" in key
     chex.assert_shape(value, ())

@@ -164,7 +164,7 @@ def launch(*command: str, processes: int = 2, devices: int = 1, grace: float = 3
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    timeout=600,
+    timeout=1500,  # for a machine that does much else
   )
   return Done(done.returncode, done.stdout, time.monotonic() - start)
 

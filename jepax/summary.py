@@ -190,6 +190,8 @@ def _mask_pictures(experiment: Experiment, state: TrainState, images: np.ndarray
   grid = experiment.method.grid
   masks = draw(jax.random.wrap_key_data(np.asarray(state.key)), {"image": images})
   context, targets = (to_bool(t, count=grid[0] * grid[1]) for t in (masks.context, masks.targets))
+  if context.ndim == 3:  # several contexts, each with a target set of its own: the first is shown
+    context, targets = context[:, 0], targets[:, :1]
   return {
     "images": images,
     "context": np.asarray(context),

@@ -69,7 +69,7 @@ def parts(method, params, carry, batch, key) -> dict:
   """Outputs in float64, crop by crop: encoder and heads as they are, all else by hand."""
   view_key, mask_key, _ = jax.random.split(key, 3)
   views = method.draw_views(view_key, batch)
-  targets = method.draw_masks(mask_key, batch).targets
+  targets = method.hide(mask_key, batch).targets
   hidden = np.zeros((BATCH, 2, 16), bool)
   for b, v, k in np.argwhere(np.asarray(targets.valid)):
     hidden[b, v, targets.index[b, v, k]] = True

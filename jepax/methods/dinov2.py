@@ -112,7 +112,7 @@ class DINOv2:
     ]
     return self.views(jnp.stack(keys), batch["image"])
 
-  def draw_masks(self, key: jax.Array, batch: Batch) -> Masks:
+  def hide(self, key: jax.Array, batch: Batch) -> Masks:
     """The hidden patches of every sample's global crops, from the step's key."""
     sample_key, step_key = jax.random.split(key)
     return self.masks(sample_keys(sample_key, batch, count=batch["image"].shape[0]), step_key)
@@ -123,7 +123,7 @@ class DINOv2:
     """One batch: crop, mask, teach, learn, compare."""
     view_key, mask_key, drop_key = jax.random.split(key, 3)
     b = batch["image"].shape[0]
-    views, masks = self.draw_views(view_key, batch), self.draw_masks(mask_key, batch)
+    views, masks = self.draw_views(view_key, batch), self.hide(mask_key, batch)
     crops = rearrange(jnp.stack(views[:GLOBAL], 1), "b v h w c -> (b v) h w c")
     hidden = to_bool(masks.targets, count=self.grid[0] * self.grid[1])
     which = busiest(masks.targets, count=self.masked, patches=hidden.shape[-1])  # [b m k]

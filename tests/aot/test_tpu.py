@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jepax.planning import aot, environment, targets
 
 ROOT = Path(__file__).parents[2]
+IMAGENET_22K = "--examples=14_197_122"
 
 
 def plan(config: str, topology: str, *arguments: str) -> dict:
@@ -43,7 +44,7 @@ def plan(config: str, topology: str, *arguments: str) -> dict:
   [
     ("ijepa_vitb", "v5e:4x4", 16),
     ("ijepa_vith14", "v5e:16x16", 256),
-    ("ijepa_vitg16", "v5p:8x8x8", 512),
+    ("ijepa_vitg16", f"v5p:8x8x8 {IMAGENET_22K}", 512),
     ("ijepa_vith14", "v5e:16x16 --config.mesh.fsdp=16", 256),
   ],
 )

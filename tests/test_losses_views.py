@@ -225,7 +225,7 @@ def test_eight_devices_have_the_value_and_gradient_of_one(name):
   value, grads = jax.jit(function)(x, y)
   mesh = sharding.make_mesh(devices=jax.devices())
   rows = sharding.batch_sharding(mesh)
-  assert rows.spec == PartitionSpec(sharding.AXES) and mesh.size == 8
+  assert rows.spec == PartitionSpec(sharding.ROWS) and mesh.size == 8
   placed = (jax.device_put(z, rows) for z in (x, y))
   with jax.set_mesh(mesh):
     found, found_grads = jax.jit(function, in_shardings=(rows, rows))(*placed)

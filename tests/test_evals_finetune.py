@@ -83,7 +83,8 @@ def test_each_layer_moves_and_decays_at_its_own_rate(scan):
 def test_the_rate_warms_up_from_zero_and_falls_to_its_floor():
   recipe = dataclasses.replace(PLAIN, epochs=3, warmup_epochs=1, final_lr=1e-4, b1=0.0, b2=0.0)
   tx = finetune.optimizer(recipe, steps_per_epoch=2)
-  params = {"head": {"kernel": jnp.ones(1)}}
+  block = {"kernel": jnp.ones(1)}
+  params = {"encoder": {"transformer": {"block0": {"fc1": block}}}, "head": {"kernel": jnp.ones(1)}}
   state, found = tx.init(params), []
   for _ in range(7):  # one more than the run has: the floor is where the cosine ends
     updates, state = tx.update(params, state, params)

@@ -10,6 +10,7 @@ is 1250 updates. Crops are cut from images of 224 pixels, there from the files' 
 from _teachers import imagenet, smoke
 
 from jepax.config import parse_arg
+from jepax.data import views
 
 
 def get_config(arg=""):
@@ -17,7 +18,6 @@ def get_config(arg=""):
   c.total = "125000 steps"
   c.batch_size = 2048
   c.data.crop_scale = (1.0, 1.0)  # the device cuts the crops
-  crops = dict(flip=0.5, brightness=0.4, contrast=0.4)
   c.method = dict(
     name="dinov2",
     encoder=dict(
@@ -30,9 +30,7 @@ def get_config(arg=""):
       remat="dots",
     ),
     head=dict(prototypes=65536, hidden=2048, bottleneck=256),  # shared with the patches
-    views=dict(crop_scale=(0.32, 1.0), **crops),
-    second=dict(blur=0.9),  # the reference applies its blur with 1 - p: the first view has none
-    local=dict(crop_scale=(0.05, 0.32), size=96, blur=0.5, **crops),
+    **views.dino(),
     local_views=8,
     masks=dict(share=0.5, ratio=(0.1, 0.5)),
     momentum=(0.992, 1.0),

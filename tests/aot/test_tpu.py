@@ -24,7 +24,7 @@ IMAGENET_22K = "--examples=14_197_122"
 
 def plan(config: str, topology: str, *arguments: str) -> dict:
   """What `python -m jepax.plan --json` says."""
-  command = [sys.executable, "-m", "jepax.plan", f"--config=configs/{config}.py"]
+  command = [sys.executable, "-m", "jepax.plan", f"--config=configs/{config}"]
   done = subprocess.run(
     [*command, f"--topology={topology}", "--json", *arguments],
     cwd=ROOT,
@@ -42,10 +42,10 @@ def plan(config: str, topology: str, *arguments: str) -> dict:
 @pytest.mark.parametrize(
   ("config", "topology", "devices"),
   [
-    ("ijepa_vitb", "v5e:4x4", 16),
-    ("ijepa_vith14", "v5e:16x16", 256),
-    ("ijepa_vitg16", f"v5p:8x8x8 {IMAGENET_22K}", 512),
-    ("ijepa_vith14", "v5e:16x16 --config.mesh.fsdp=16", 256),
+    ("ijepa_vitb.py", "v5e:4x4", 16),
+    ("ijepa_vith14.py", "v5e:16x16", 256),
+    ("ijepa_vitg16.py", f"v5p:8x8x8 {IMAGENET_22K}", 512),
+    ("ijepa_vith14.py", "v5e:16x16 --config.mesh.fsdp=16", 256),
   ],
 )
 def test_recipes_fit_and_communicate_as_they_should(config, topology, devices):
@@ -62,7 +62,9 @@ def test_recipes_fit_and_communicate_as_they_should(config, topology, devices):
 
 
 def test_too_large_a_batch_does_not_fit():
-  found = plan("quickstart", "v5e:2x2", "--examples=10_000_000", "--config.batch_size=4_000_000")
+  found = plan(
+    "quickstart.py:smoke", "v5e:2x2", "--examples=10_000_000", "--config.batch_size=4_000_000"
+  )
   largest = found["largest"]
   assert found["fits"] is False and found["memory"] is None
   assert found["needed"] > found["capacity"] == found["chip"]["memory"]

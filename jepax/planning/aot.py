@@ -35,8 +35,7 @@ class Memory:
 
   arguments: the state and the batch. outputs: the new state and the metrics; aliased: the part of
   them that takes the arguments' place. temporaries: activations and workspace. code: the program.
-  peak: the most in use at once, by the compiler's own account. total: what is set aside, gaps
-  included, and so what has to fit.
+  peak: the most in use at once, by the compiler's own account. needed: what has to fit.
   """
 
   arguments: int
@@ -45,11 +44,7 @@ class Memory:
   temporaries: int
   code: int
   peak: int
-
-  @property
-  def total(self) -> int:
-    held = self.arguments + self.outputs - self.aliased + self.temporaries + self.code
-    return max(held, self.peak)
+  needed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Program:
   @property
   def needed(self) -> float:
     """Bytes on each device."""
-    return self.memory.total if self.memory else self.shortage[0]
+    return self.memory.needed if self.memory else self.shortage[0]
 
 
 def trace(experiment: Experiment) -> jax.stages.Traced:
@@ -90,6 +85,7 @@ def compile_step(experiment: Experiment) -> Program:
     jax.errors.JaxRuntimeError: whatever the compiler objects to other than the size.
   """
   start = time.perf_counter()
+  platform = experiment.mesh.devices.flat[0].platform
   compiled, shortage = None, None
   with stderr() as lines:
     lowered = trace(experiment).lower()
@@ -100,7 +96,7 @@ def compile_step(experiment: Experiment) -> Program:
       if shortage is None:
         raise
   return Program(
-    memory=_memory(compiled.memory_analysis()) if compiled else None,
+    memory=_memory(compiled.memory_analysis(), platform) if compiled else None,
     collectives=collectives(compiled.as_text()) if compiled else None,
     shortage=shortage,
     rematerialised=tuple(line.strip() for line in lines if REMATERIALISATION in line),
@@ -114,15 +110,21 @@ def state_bytes(experiment: Experiment) -> int:
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def _memory(analysis: Any) -> Memory:
-  return Memory(
+def _memory(analysis: Any, platform: str) -> Memory:
+  found = Memory(
     arguments=analysis.argument_size_in_bytes,
     outputs=analysis.output_size_in_bytes,
     aliased=analysis.alias_size_in_bytes,
     temporaries=analysis.temp_size_in_bytes,
     code=analysis.generated_code_size_in_bytes,
     peak=analysis.peak_memory_in_bytes,
+    needed=0,
   )
+  # A TPU's peak includes the gaps between its buffers, its temporaries have them twice: with the
+  # peak, sums are those that libtpu logs ('Total hbm usage') and accepts or refuses programs by.
+  held = found.arguments + found.outputs - found.aliased + found.temporaries
+  needed = (found.peak if platform == "tpu" else held) + found.code
+  return dataclasses.replace(found, needed=needed)
 
 
 def _shortage(message: str) -> tuple[float, float] | None:

@@ -68,7 +68,9 @@ class Plan:
   @property
   def fits(self) -> bool | None:
     """None where the machine's memory is not known."""
-    return None if self.capacity is None else self.program.needed <= self.capacity
+    if self.capacity is None:
+      return None
+    return self.program.shortage is None and self.program.needed <= self.capacity
 
   @property
   def chip_hours(self) -> float | None:
@@ -194,14 +196,14 @@ def _unit(experiment: Experiment, sized: Callable[[int], Experiment]) -> int:
   """What batches are multiples of: the rows' devices times micro-batches times a power of two.
 
   Methods may ask for more than the mesh does, as I-JEPA's groups of 128 contexts of one length;
-  only they know, and say so when the run is prepared.
+  only they know, and say so when a run with so many rows more is prepared.
   """
   batch = experiment.config.batch_size
   rows_a_device = experiment.batch_sharding.shard_shape((batch,))[0]
   unit = batch // rows_a_device * experiment.config.accumulate
   while unit < batch:
     try:
-      sized(unit)
+      sized(batch + unit)
     except ValueError:
       unit *= 2
     else:

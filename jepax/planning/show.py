@@ -57,10 +57,8 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
   memory = plan.program.memory
   if memory is None:
     return []
-  rows = [
-    ("memory a device", f"{_bytes(memory.total)} in all; {_bytes(memory.peak)} in use at the peak")
-  ]
-  for name in ("arguments", "outputs", "aliased", "temporaries", "code"):
+  rows = [("memory a device", f"{_bytes(memory.needed)} needed")]
+  for name in ("arguments", "outputs", "aliased", "temporaries", "code", "peak"):
     rows.append((f"  {name}", _bytes(getattr(memory, name))))
   return rows
 
@@ -128,8 +126,7 @@ def as_json(plan: Plan, *, config: str) -> dict[str, Any]:
     "parameters": {"all": sum(plan.parameters.values()), **plan.parameters},
     "flops_per_image": plan.flops_per_image,
     "flops_per_step": plan.flops_per_image * plan.batch_size,
-    "memory": program.memory
-    and dataclasses.asdict(program.memory) | {"total": program.memory.total},
+    "memory": program.memory and dataclasses.asdict(program.memory),
     "needed": program.needed,
     "capacity": plan.capacity,
     "fits": plan.fits,

@@ -52,7 +52,7 @@ def test_recipes_fit_and_communicate_as_they_should(config, topology, devices):
   found = plan(config, *topology.split(), "--nolargest")
   assert found["devices"] == found["chips"] == devices
   assert found["fits"]
-  assert 0 < found["memory"]["peak"] <= found["memory"]["total"] < found["chip"]["memory"]
+  assert 0 < found["memory"]["peak"] <= found["needed"] < found["chip"]["memory"]
   assert found["rematerialised"] == []
   assert "all-reduce" in found["collectives"]  # the gradients
   assert not {"all-to-all", "ragged-all-to-all"} & set(found["collectives"])
@@ -62,13 +62,11 @@ def test_recipes_fit_and_communicate_as_they_should(config, topology, devices):
 
 
 def test_too_large_a_batch_does_not_fit():
-  found = plan(
-    "quickstart.py:smoke", "v5e:2x2", "--examples=10_000_000", "--config.batch_size=4_000_000"
-  )
+  found = plan("quickstart.py", "v5e:2x2", "--examples=10_000_000", "--config.batch_size=100_000")
   largest = found["largest"]
   assert found["fits"] is False and found["memory"] is None
   assert found["needed"] > found["capacity"] == found["chip"]["memory"]
-  assert 0 < largest["fits"] < largest["fails"] < 4_000_000
+  assert 0 < largest["fits"] < largest["fails"] < 100_000
   assert largest["fails"] - largest["fits"] <= 0.1 * largest["fits"]
 
 

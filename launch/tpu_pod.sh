@@ -59,6 +59,9 @@ done
 [[ $workdir == /gcs/* ]] ||
   fail "--workdir=${workdir:-...} must lie in /gcs, which all hosts share: --workdir=/gcs/runs/NAME"
 
+[[ $dry == yes ]] || git -C "$root" rev-parse --quiet --verify HEAD >/dev/null ||
+  fail "the TPU gets the last commit, and $root has none; start from a git clone of jepax"
+
 call() {
   if [[ $dry == yes ]]; then
     printf '%q ' "$@"

@@ -100,6 +100,14 @@ POD = [LAUNCH / "tpu_pod.sh", "--name=n", "--zone=z", "--type=v5litepod-16", "--
 POD_RUN = [*RUN, "--workdir=/gcs/run"]
 
 
+@pytest.fixture
+def pod(fakes) -> Fakes:
+  """What the TPU gets is a commit, which a copy without its history doesn't have."""
+  fakes.add("gcloud", GCLOUD)
+  fakes.add("git")
+  return fakes
+
+
 def pod_steps(fakes: Fakes) -> list[str]:
   """What gcloud was asked for, looks at the state left out."""
   steps = []
@@ -117,80 +125,81 @@ def pod_steps(fakes: Fakes) -> list[str]:
   return steps
 
 
-def test_tpu_pod_creates_trains_and_deletes(fakes):
-  fakes.add("gcloud", GCLOUD)
-  fakes.answers("state", "1", "0 PROVISIONING", "0 ACTIVE")  # 1: there is none yet
-  done = fakes.run(*POD, "--spot", "--", *POD_RUN)
+def test_tpu_pod_creates_trains_and_deletes(pod):
+  pod.answers("state", "1", "0 PROVISIONING", "0 ACTIVE")  # 1: there is none yet
+  done = pod.run(*POD, "--spot", "--", *POD_RUN)
   assert done.returncode == 0, done.stderr
-  assert pod_steps(fakes) == ["create", "copy", "install", "run", "look", "delete"]
-  create = next(call for call in fakes.calls() if "create" in call)
+  assert pod_steps(pod) == ["create", "copy", "install", "run", "look", "delete"]
+  assert [call[3] for call in pod.calls() if call[0] == "git"] == ["rev-parse", "archive"]
+  create = next(call for call in pod.calls() if "create" in call)
   assert {"--node-id=n", "--zone=z", "--accelerator-type=v5litepod-16", "--spot"} < set(create)
-  for call in fakes.calls():
-    assert "--zone=z" in call
+  for call in pod.calls():
+    assert "--zone=z" in call or call[0] == "git"
     if "scp" in call or any("jepax.main" in word for word in call):
       assert "--worker=all" in call
     if any("results.json" in word for word in call):
       assert "--worker=0" in call
 
 
-def test_tpu_pod_starts_over_when_it_is_taken_away(fakes):
-  fakes.add("gcloud", GCLOUD)
-  fakes.answers("state", "0 ACTIVE", "0 SUSPENDING", "0 SUSPENDED", "1", "0 ACTIVE")
-  fakes.answers("run", "255", "0")
-  assert fakes.run(*POD, "--keep", "--", *POD_RUN).returncode == 0
+def test_tpu_pod_starts_over_when_it_is_taken_away(pod):
+  pod.answers("state", "0 ACTIVE", "0 SUSPENDING", "0 SUSPENDED", "1", "0 ACTIVE")
+  pod.answers("run", "255", "0")
+  assert pod.run(*POD, "--keep", "--", *POD_RUN).returncode == 0
   again = ["copy", "install", "run"]
-  assert pod_steps(fakes) == [*again, "delete", "create", *again, "look"]
-  assert not any("--spot" in call for call in fakes.calls())
+  assert pod_steps(pod) == [*again, "delete", "create", *again, "look"]
+  assert not any("--spot" in call for call in pod.calls())
 
 
-def test_tpu_pod_runs_again_what_was_stopped(fakes):
-  fakes.add("gcloud", GCLOUD)
-  fakes.answers("state", "0 ACTIVE", "0 ACTIVE")
-  fakes.answers("done", "1", "0")  # no results.json after the first run
-  assert fakes.run(*POD, "--", *POD_RUN).returncode == 0
+def test_tpu_pod_runs_again_what_was_stopped(pod):
+  pod.answers("state", "0 ACTIVE", "0 ACTIVE")
+  pod.answers("done", "1", "0")  # no results.json after the first run
+  assert pod.run(*POD, "--", *POD_RUN).returncode == 0
   start = ["copy", "install", "run", "look"]
-  assert pod_steps(fakes) == [*start, *start, "delete"]
+  assert pod_steps(pod) == [*start, *start, "delete"]
 
 
-def test_tpu_pod_gives_up_on_a_run_that_fails(fakes):
-  fakes.add("gcloud", GCLOUD)
-  fakes.answers("state", *["0 ACTIVE"] * 9)
-  fakes.answers("run", *["2"] * 9)
-  done = fakes.run(*POD, "--", *POD_RUN)
+def test_tpu_pod_gives_up_on_a_run_that_fails(pod):
+  pod.answers("state", *["0 ACTIVE"] * 9)
+  pod.answers("run", *["2"] * 9)
+  done = pod.run(*POD, "--", *POD_RUN)
   assert done.returncode == 1 and "failed, 3 in a row" in done.stdout
-  assert pod_steps(fakes) == ["copy", "install", "run"] * 3
+  assert pod_steps(pod) == ["copy", "install", "run"] * 3
 
 
-def test_tpu_pod_runs_a_preflight_once(fakes):
-  fakes.add("gcloud", GCLOUD)
-  fakes.answers("state", "0 ACTIVE")
-  assert fakes.run(*POD, "--keep", "--", *POD_RUN, "--dry_run").returncode == 0
-  assert pod_steps(fakes) == ["copy", "install", "run"]
+def test_tpu_pod_runs_a_preflight_once(pod):
+  pod.answers("state", "0 ACTIVE")
+  assert pod.run(*POD, "--keep", "--", *POD_RUN, "--dry_run").returncode == 0
+  assert pod_steps(pod) == ["copy", "install", "run"]
 
 
-def test_tpu_pod_dry_run_calls_nothing(fakes):
-  fakes.add("gcloud", GCLOUD)
-  done = fakes.run(*POD, "--dry_run", "--", *POD_RUN)
-  assert done.returncode == 0 and fakes.calls() == []
+def test_tpu_pod_dry_run_calls_nothing(pod):
+  done = pod.run(*POD, "--dry_run", "--", *POD_RUN)
+  assert done.returncode == 0 and pod.calls() == []
   printed = [shlex.split(line)[:5] for line in done.stdout.splitlines()]
   assert [words[0] for words in printed] == ["git", *["gcloud"] * 6]
   assert [words[4] for words in printed[1:]] == ["create", "scp", "ssh", "ssh", "ssh", "delete"]
 
 
-def test_arguments_survive_the_shells(fakes, tmp_path):
+def test_tpu_pod_without_a_commit_says_so(pod):
+  pod.answers("git", "128")
+  done = pod.run(*POD, "--", *POD_RUN)
+  assert done.returncode == 2 and "git clone" in done.stderr
+  assert [call[0] for call in pod.calls()] == ["git"]
+
+
+def test_arguments_survive_the_shells(pod, tmp_path):
   """What the remote shell makes of the command is what the user wrote."""
-  fakes.add("gcloud", GCLOUD)
-  fakes.answers("state", "0 ACTIVE")
-  fakes.run(*POD, "--", *POD_RUN)
-  words = next(w for call in fakes.calls() for w in call if "jepax.main" in w)
+  pod.answers("state", "0 ACTIVE")
+  pod.run(*POD, "--", *POD_RUN)
+  words = next(w for call in pod.calls() for w in call if "jepax.main" in w)
   home = tmp_path / "home"
   (home / "jepax/.venv/bin").mkdir(parents=True)
-  (fakes.folder / "calls").unlink()
-  fakes.add("python")
-  shutil.copy(fakes.folder / "python", home / "jepax/.venv/bin/python")
+  (pod.folder / "calls").unlink()
+  pod.add("python")
+  shutil.copy(pod.folder / "python", home / "jepax/.venv/bin/python")
   command = f"cd {home} && {words.removeprefix('--command=')}"
-  subprocess.run(["bash", "-c", command], env=fakes.environment, check=True)
-  assert fakes.calls() == [["python", "-m", "jepax.main", *POD_RUN]]
+  subprocess.run(["bash", "-c", command], env=pod.environment, check=True)
+  assert pod.calls() == [["python", "-m", "jepax.main", *POD_RUN]]
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,18 @@
 """What the recipes of the methods with two views share; not a config itself."""
 
-from quickstart import get_config as quickstart
+from ijepa_fashion_mnist import get_config as ijepa
 
 from jepax.config import base, parse_arg
 
 
 def fashion_mnist(arg, **method):
-  """The quick start's data, encoder and probes, and VICReg's views and schedule.
+  """Data, encoder and probes of ijepa_fashion_mnist.py, and VICReg's views and schedule.
 
   Args:
     arg: what follows the colon of --config: '' or 'smoke'.
     **method: the section `method` but its encoder and views.
   """
-  c = quickstart(arg)
+  c = ijepa(arg)
   views = dict(crop_scale=(0.3, 1.0), flip=0.5, brightness=0.4, contrast=0.4)
   c.method = dict(encoder=c.method.encoder, views=views, **method)
   c.optim.update(lr=1e-3, weight_decay=0.05, final_weight_decay=0.05)

@@ -16,6 +16,6 @@ def get_config(arg=""):
     name="lejepa",
     projector=(256, 256, 32),
     slices=256,
-    local=dict(crop_scale=(0.1, 0.3), size=16),
+    local=dict(crop_scale=(0.1, 0.3), size=14),
     local_views=2,
   )

@@ -6,13 +6,13 @@ python -m jepax.main --config=configs/mae_fashion_mnist.py
 compares the methods at equal compute.
 """
 
-from quickstart import get_config as quickstart
+from ijepa_fashion_mnist import get_config as ijepa
 
 from jepax.config import parse_arg
 
 
 def get_config(arg=""):
-  c = quickstart(arg)
+  c = ijepa(arg)
   c.method = dict(
     name="mae",
     encoder=c.method.encoder,

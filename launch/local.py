@@ -27,6 +27,7 @@ POLL = 0.1  # seconds between two looks at the processes
 def main(argv: Sequence[str] | None = None) -> int:
   """Starts the processes and waits for all of them."""
   options = parse(argv)
+  signals = note_signals()
   processes = start(options)
   printers = [
     threading.Thread(target=forward, args=(source, sink, index), daemon=True)
@@ -35,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   ]
   for printer in printers:
     printer.start()
-  pass_on_signals(processes)
   try:
-    code = wait(processes, grace=options.grace)
+    code = wait(processes, signals, grace=options.grace)
   finally:
     send(processes, signal.SIGKILL)
   for printer in printers:
@@ -107,15 +107,19 @@ def forward(source: IO[bytes], sink: IO[str], index: int) -> None:
     sink.flush()
 
 
-def pass_on_signals(processes: Sequence[subprocess.Popen]) -> None:
-  """SIGTERM for the first signal, which a run answers by saving; SIGKILL for the second."""
-  numbers = iter((signal.SIGTERM,))
+def note_signals() -> list[signal.Signals]:
+  """A list that grows with what SIGTERM and SIGINT ask for, from now on.
+
+  First SIGTERM, which a run answers by saving, then SIGKILL.
+  """
+  noted: list[signal.Signals] = []
 
   def receive(number, frame) -> None:
-    send(processes, next(numbers, signal.SIGKILL))
+    noted.append(signal.SIGKILL if noted else signal.SIGTERM)
 
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, receive)
+  return noted
 
 
 def send(processes: Sequence[subprocess.Popen], number: signal.Signals) -> None:
@@ -125,10 +129,18 @@ def send(processes: Sequence[subprocess.Popen], number: signal.Signals) -> None:
       os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
 
 
-def wait(processes: Sequence[subprocess.Popen], *, grace: float) -> int:
-  """Waits for all; once one failed, `grace` seconds at most, then kills. Returns the exit code."""
-  code, deadline = 0, float("inf")
+def wait(
+  processes: Sequence[subprocess.Popen], signals: Sequence[signal.Signals], *, grace: float
+) -> int:
+  """Waits for all; once one failed, `grace` seconds at most, then kills. Returns the exit code.
+
+  Passes on what `signals` come to hold.
+  """
+  code, deadline, sent = 0, float("inf"), 0
   while True:
+    for number in signals[sent:]:
+      send(processes, number)
+      sent += 1
     codes = [process.poll() for process in processes]
     failed = [i for i, ended in enumerate(codes) if ended]
     if failed and not code:

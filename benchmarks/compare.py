@@ -1,0 +1,259 @@
+"""Methods on one data set with one encoder at equal compute: trains, evaluates, makes one table.
+
+  python benchmarks/compare.py --out=runs/compare [--methods=ijepa,mae,...] \
+    [--teraflops=2 --seeds=3 --split=test --evals=knn,linear --name=compare] [KEY=VALUE ...]
+
+METHOD is short for configs/METHOD_fashion_mnist.py; any config's name will do. Each gets the steps
+that the same number of floating-point operations buys, as `jepax.flops` counts them in its training
+step; the encoder must be the same in all. KEY=VALUE goes to every config. Runs and scores that are
+there already are kept, so a comparison that was stopped goes on. Writes NAME.md, .html, .csv and
+.json into benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import hashlib
+import html
+import json
+import pathlib
+import shlex
+import sys
+
+import numpy as np
+
+from jepax import config as config_lib
+from jepax import fit, flops, sharding
+from jepax.convert import source
+from jepax.data.build import build
+from jepax.evals import suite
+from jepax.evals.registry import PROTOCOLS
+from jepax.experiment import prepare
+from jepax.names import one_of
+from jepax.planning import aot
+from jepax.report.parts import name_of
+from jepax.report.protocols import cell
+from jepax.report.style import CSS
+from jepax.versions import environment
+
+ROOT = pathlib.Path(__file__).parent.parent
+SUFFIX = "_fashion_mnist"
+METHODS = sorted(p.stem.removesuffix(SUFFIX) for p in (ROOT / "configs").glob(f"*{SUFFIX}.py"))
+EVALS = (
+  *("knn", "knn_euclidean", "knn_spatial", "linear", "linear_last4", "linear_spatial"),
+  *("linear_sgd", "low_shot_1pct", "attentive", "geometry"),
+)
+CONTROLS = ("random_init", "pixels")
+# {row: {number: {"mean", "std", "seeds"}}}; a number is 'PROTOCOL MEASURE'.
+Table = dict[str, dict[str, dict]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """What is compared. out: where the runs lie. teraflops: 1e12 operations of training a run."""
+
+  out: pathlib.Path
+  methods: tuple[str, ...]
+  teraflops: float
+  seeds: int
+  split: str
+  evals: tuple[str, ...]
+  overrides: tuple[str, ...]
+
+  def run(self) -> Table:
+    """One row a method and a control, seeds joined."""
+    self._claim()
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in range(self.seeds):
+      for i, method in enumerate(self.methods):
+        workdir = self._train(method, seed)
+        scores = self._score(workdir, seed, control=i == 0)
+        for subject, numbers in scores.items():
+          if subject == "pixels" and (i or seed):
+            continue  # the same in every run
+          row = subject if subject in CONTROLS else method
+          found.setdefault(row, []).append(numbers | (self._cost(workdir) if row == method else {}))
+    return {row: _spread(found[row]) for row in (*self.methods, *CONTROLS)}
+
+  def check_encoders(self) -> None:
+    """Raises SystemExit unless all methods train the same encoder."""
+    sizes = {}
+    for method in self.methods:
+      encoder = prepare(self._config(method, seed=0)).method.encoder
+      sizes[method] = tuple(getattr(encoder, n) for n in ("width", "depth", "heads", "patch"))
+    if len(set(sizes.values())) > 1:
+      raise SystemExit(f"the encoders differ in (width, depth, heads, patch): {sizes}")
+
+  def _claim(self) -> None:
+    """Makes the folder this comparison's own; one that holds another budget or data is refused."""
+    path = self.out / "comparison.json"
+    own = {"teraflops": self.teraflops, "overrides": list(self.overrides)}
+    self.out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+      path.write_text(json.dumps(own))
+    found = json.loads(path.read_text())
+    if found != own:
+      raise SystemExit(f"{self.out} holds the runs of {found}, not of {own}; give another --out")
+
+  def _config(self, method: str, *, seed: int, total: str | None = None):
+    path = ROOT / "configs" / f"{method}{SUFFIX}.py"
+    path = path if path.exists() else ROOT / "configs" / f"{method}.py"
+    settings = [f"seed={seed}", "checkpoint.keep=1", *self.overrides]
+    return config_lib.load(str(path), settings + [f"total={total}"] * (total is not None))
+
+  def _train(self, method: str, seed: int) -> pathlib.Path:
+    """Trains one method with one seed, from where it was left; returns its workdir."""
+    workdir = self.out / f"{method}-{seed}"
+    if (workdir / "results.json").exists():
+      return workdir  # of this budget: `_claim` refuses a folder of another
+    experiment = prepare(self._config(method, seed=seed))
+    each = flops.count(aot.trace(experiment).jaxpr)
+    steps = max(1, round(1e12 * self.teraflops / each))
+    config = self._config(method, seed=seed, total=f"{steps} steps")
+    print(f"{method}, seed {seed}: {steps} steps of {config.batch_size} images", flush=True)
+    found = fit.run(config, workdir)
+    if found["train"]["status"] != "finished":
+      raise SystemExit(f"stopped in {workdir}; the same command goes on from there")
+    return workdir
+
+  def _score(self, workdir: pathlib.Path, seed: int, *, control: bool) -> dict[str, dict]:
+    """subject -> 'PROTOCOL MEASURE' -> value, of the branch that the method evaluates first."""
+    key = hashlib.sha256(json.dumps([self.split, self.evals, control]).encode()).hexdigest()[:8]
+    path = workdir / f"scores-{key}.json"
+    if path.exists():
+      return json.loads(path.read_text())
+    config = json.loads((workdir / "config.json").read_text())
+    section = config_lib.base().data
+    section.update({k: tuple(v) if isinstance(v, list) else v for k, v in config["data"].items()})
+    first = source.read(workdir).encoder()
+    encoders = [first, first.random(seed)] if control else [first]
+    protocols = {name: PROTOCOLS[name] for name in self.evals}
+    found = suite.evaluate(encoders, build(section), protocols, split=self.split)
+    scores: dict[str, dict] = {}
+    for protocol, result in found.items():
+      for subject, numbers in result["scores"].items():
+        values = {f"{protocol} {number}": value["mean"] for number, value in numbers.items()}
+        scores.setdefault(subject, {}).update(values)
+    path.write_text(json.dumps(scores))
+    return scores
+
+  def _cost(self, workdir: pathlib.Path) -> dict[str, float]:
+    train = json.loads((workdir / "results.json").read_text())["train"]
+    return {"train steps": train["steps"], "train seconds": train["seconds"]}
+
+
+def _spread(rows: list[dict[str, float]]) -> dict[str, dict]:
+  """Mean, standard deviation over seeds and single values of each number."""
+  out = {}
+  for number in dict.fromkeys(n for row in rows for n in row):
+    seeds = [row[number] for row in rows if number in row]
+    std = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
+    out[number] = {"mean": float(np.mean(seeds)), "std": std, "seeds": seeds}
+  return out
+
+
+def columns(table: Table) -> list[str]:
+  """Accuracies and what they cost; the other numbers are in the CSV and the JSON."""
+  numbers = dict.fromkeys(n for row in table.values() for n in row)
+  return [n for n in numbers if n.endswith((" accuracy", "train steps", "train seconds"))]
+
+
+def cells(table: Table, row: str) -> list[str]:
+  """The row's cells, as text."""
+  out = []
+  for column in columns(table):
+    scores = {row: {column.split()[-1]: table[row][column]} if column in table[row] else {}}
+    out.append(cell(scores, row, column.split()[-1]))
+  return out
+
+
+def heading(column: str) -> str:
+  """'knn accuracy' -> 'knn'."""
+  return column.removesuffix(" accuracy").replace("_", " ")
+
+
+def markdown(table: Table) -> str:
+  """One row a method, one column an accuracy."""
+  heads = [heading(column) for column in columns(table)]
+  lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+  lines += [f"| {name_of(row)} | {' | '.join(cells(table, row))} |" for row in table]
+  return "\n".join(lines)
+
+
+def page(title: str, text: str, table: Table, notes: dict) -> str:
+  """The table as a page of its own, in the style of the reports."""
+  heads = "".join(f"<th>{html.escape(heading(column))}</th>" for column in columns(table))
+  rows = "".join(
+    f"<tr><td>{name_of(row)}</td>" + "".join(f"<td>{c}</td>" for c in cells(table, row)) + "</tr>"
+    for row in table
+  )
+  facts = "".join(
+    f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in notes.items()
+  )
+  return (
+    f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    f'<meta name="viewport" content="width=device-width"><style>{CSS}</style>'
+    f'<header><h1>{html.escape(title)}</h1><p class="lede">{html.escape(text)}</p></header>'
+    f'<main><div class="scroll"><table><thead><tr><th>method</th>{heads}</tr></thead>'
+    f"<tbody>{rows}</tbody></table></div><dl>{facts}</dl></main></html>\n"
+  )
+
+
+def write(path: pathlib.Path, table: Table, text: str, notes: dict) -> None:
+  """NAME.json, .csv (a line a seed of a number), .md and .html beside one another."""
+  title = "Methods at equal compute"
+  found = {"notes": notes, "table": table}
+  path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+  with path.with_suffix(".csv").open("w", newline="") as file:
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(("method", "number", "seed", "value"))
+    for row, numbers in table.items():
+      for number, value in numbers.items():
+        lines.writerows((row, number, i, v) for i, v in enumerate(value["seeds"]))
+  facts = "\n".join(f"- {name}: {value}" for name, value in notes.items())
+  parts = (f"# {title}", text, markdown(table), facts)
+  path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+  path.with_suffix(".html").write_text(page(title, text, table, notes))
+
+
+def parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the runs")
+  parser.add_argument("--methods", default=",".join(METHODS), help="by commas")
+  parser.add_argument("--teraflops", type=float, default=2.0, help="1e12 operations a run")
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--split", default="test", choices=suite.SPLITS)
+  parser.add_argument("--evals", default=",".join(EVALS), help="protocols, by commas")
+  parser.add_argument("--name", default="compare", help="of the files in benchmarks/results")
+  parser.add_argument("overrides", nargs="*", help="KEY=VALUE of every config")
+  return parser.parse_args()
+
+
+def main() -> None:
+  options = vars(parse())
+  name = options.pop("name")
+  evals = tuple(one_of(e, PROTOCOLS, where="--evals") for e in options["evals"].split(","))
+  lists = dict(methods=tuple(options["methods"].split(",")), overrides=tuple(options["overrides"]))
+  study = Comparison(**options | lists | {"evals": evals})
+  sharding.use_all_cores(rows=32)
+  study.check_encoders()
+  table = study.run()
+  text = (
+    f"{study.teraflops:g} TFLOP of training a run, {study.seeds} seed(s), mean ± standard "
+    f"deviation, scored on the {study.split} split."
+  )
+  notes = {
+    "overrides": " ".join(study.overrides) or "none",
+    "command": shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]]),
+    "date": datetime.date.today().isoformat(),
+    **environment(),
+  }
+  write(ROOT / "benchmarks" / "results" / name, table, text, notes)
+  print(markdown(table))
+
+
+if __name__ == "__main__":
+  main()

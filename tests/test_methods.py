@@ -53,9 +53,10 @@ def one_device(name):
 @pytest.fixture(scope="module")
 def start(name):
   """(method, params, carry, batch) at step 0."""
-  method = tiny.experiment(name).method
+  experiment = tiny.experiment(name)
+  state = experiment.initial_state()
   batch = {k: jnp.asarray(v) for k, v in tiny.batches(1)[0].items()}
-  return method, *jax.jit(method.init)(jax.random.key(0), batch), batch
+  return experiment.method, state.params, state.carry, batch
 
 
 def jitted(method, params, carry):

@@ -35,7 +35,9 @@ PARAMETERS = {
 
 # What the smoke form of a config differs in from another's are numbers alone: one of them runs.
 ALIKE = {
-  "ijepa_vitb": tuple(f"ijepa_{size}" for size in ("vitti", "vits", "vitl", "vith14", "vith16_448", "vitg16")),
+  "ijepa_vitb": tuple(
+    f"ijepa_{size}" for size in ("vitti", "vits", "vitl", "vith14", "vith16_448", "vitg16")
+  ),
   "quickstart": ("ijepa_fashion_mnist",),
   "data2vec2_vitb": ("data2vec2_fashion_mnist",),
   "dinov2_vitl": ("dinov2_fashion_mnist",),

@@ -166,9 +166,9 @@ class Side:
       "device": self.rounds[0]["device"],
       "version": self.rounds[0]["version"],
     }
-    peak = PEAKS.get(row["device"].split(",")[0]) if case.precision == "bfloat16" else None
-    if peak is not None:
-      row["mfu"] = round(case.flops / seconds / peak, 3)
+    chip = row["device"].split(",")[0]
+    if chip in PEAKS and case.precision == "bfloat16":
+      row["mfu"] = round(case.flops / seconds / PEAKS[chip], 3)
     if ours is not None:
       row["jepax_is_faster_by"] = round(ours * seconds / case.batch, 3)
     return row

@@ -204,9 +204,9 @@ def override(config: ConfigDict, assignment: str) -> None:
     if name not in section or not isinstance(section[name], ConfigDict):
       _raise_unknown(config, dotted, at=".".join(parents[: i + 1]))
     section = section[name]
-  if leaf not in section:
+  if leaf not in section:  # a key of the method's build, which knows its own
     if dotted.startswith("method.") and dotted != "method.name":
-      section[leaf] = _literal(text)  # the method's build knows whether this key exists
+      section[leaf] = text if text == "none" else _literal(text)  # 'none' names a choice: remat
       return
     _raise_unknown(config, dotted, at=dotted)
   if isinstance(section[leaf], ConfigDict):

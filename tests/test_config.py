@@ -168,9 +168,9 @@ def test_check_keys():
     ("method.encoder.width=none", None),
     ("method.encoder.activation=gelu_tanh", "gelu_tanh"),  # new: the build will judge
     ("method.encoder.scan=true", True),
+    ("method.encoder.remat=none", "none"),  # the name of a choice
     ("method.objective=mse", "mse"),
     ("data.name=fashion_mnist", "fashion_mnist"),  # a placeholder for a string
-    ("data.name=2012", "2012"),
     ("data.name=None", None),
   ],
 )

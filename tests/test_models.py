@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from jepax.masks.tokens import TokenSet
+from jepax.models.activations import ACTIVATIONS, gelu
 from jepax.models.decoder import PixelDecoder
 from jepax.models.heads import MLP, BatchNorm
 from jepax.models.predictor import Predictor
-from jepax.models.transformer import ACTIVATIONS, Block, layer_norm
+from jepax.models.transformer import Block, layer_norm
 from jepax.models.vit import ViT, patchify, sincos2d, vit
 
 # Float32 through two blocks, on outputs of order 1, summed in another order.
@@ -339,3 +340,17 @@ def test_batch_norm_of_a_constant_feature_is_zero():
     x
   )
   assert out == 0 and np.all(np.isfinite(grad))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_and_its_gradient_equal_jax(dtype):
+  x = jnp.linspace(-8, 8, 4001).astype(dtype)
+  plain = functools.partial(jax.nn.gelu, approximate=False)
+  wide = x.astype(jnp.float32)
+  # What is given back is rounded, and before it 1 + erf, by a unit in the last place of 1, times |x|.
+  tolerance = dict(rtol=float(jnp.finfo(dtype).eps), atol=8 * float(jnp.finfo(jnp.float32).eps))
+  np.testing.assert_allclose(gelu(x).astype(jnp.float32), plain(wide), **tolerance)
+  slope = jax.grad(lambda x: gelu(x).astype(jnp.float32).sum())(x)
+  assert slope.dtype == dtype
+  expected = jax.grad(lambda x: plain(x).sum())(wide)
+  np.testing.assert_allclose(slope.astype(jnp.float32), expected, **tolerance)

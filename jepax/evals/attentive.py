@@ -19,6 +19,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from jepax.evals import checks
+from jepax.models.activations import gelu
 from jepax.models.attention import attention
 from jepax.optim import warmup_cosine
 
@@ -52,7 +53,7 @@ class Pooler(nn.Module, kw_only=True):
     k, v = rearrange(kv, "b t (s h e) -> s b t h e", s=2, h=self.heads)
     found = attention(jnp.broadcast_to(q, (b, *q.shape[1:])), k, v)  # [b 1 h e]
     x = query + rearrange(found, "b n h e -> b n (h e)")
-    y = nn.gelu(layer(self.mlp_ratio * d, name="fc1")(norm(name="norm2")(x)), approximate=False)
+    y = gelu(layer(self.mlp_ratio * d, name="fc1")(norm(name="norm2")(x)))
     x = x + nn.Dense(d, kernel_init=init(0.02 / 2**0.5), name="fc2")(y)
     return layer(self.num_classes, name="head")(x[:, 0])
 

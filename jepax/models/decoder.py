@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from jepax import losses
 from jepax.masks.tokens import TokenSet
+from jepax.models.activations import gelu
 from jepax.models.transformer import INITS, Stack, dense, layer_norm, transformer
 from jepax.models.vit import check_sincos, sincos2d
 from jepax.names import one_of
@@ -125,6 +126,6 @@ class ConvDecoder(nn.Module, kw_only=True):
         dtype=self.dtype,
         name=f"conv{i}",
       )(x)
-      y = nn.gelu(losses.layer_norm(y), approximate=False)
+      y = gelu(losses.layer_norm(y))
       x = x + y if x.shape == y.shape else y
     return dense(self, self.out, name="proj")(x.reshape(b, n, -1)).astype(jnp.float32)

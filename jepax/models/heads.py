@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jepax.losses import normalise
+from jepax.models.activations import gelu
 from jepax.models.transformer import dense
 from jepax.names import one_of
 
@@ -106,7 +107,7 @@ class DinoHead(nn.Module, kw_only=True):
   def __call__(self, x: jax.Array) -> jax.Array:
     """x: [... d] -> logits f32[... K]."""
     for i in range(self.layers - 1):
-      x = nn.gelu(dense(self, self.hidden, name=f"dense{i}")(x), approximate=False)
+      x = gelu(dense(self, self.hidden, name=f"dense{i}")(x))
     x = normalise(dense(self, self.bottleneck, name="narrow")(x))
     return Prototypes(count=self.prototypes, kind=self.last, dtype=self.dtype, name="prototypes")(x)
 

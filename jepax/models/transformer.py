@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from jepax.models.activations import ACTIVATIONS
 from jepax.models.attention import IMPLEMENTATIONS, attention
 from jepax.names import one_of
 from jepax.sharding import constrain, regroup
@@ -20,12 +21,6 @@ from jepax.sharding import constrain, regroup
 INITS: dict[str, Callable[..., jax.Array]] = {
   "normal": nn.initializers.normal(0.02),  # I-JEPA: its truncation at +-2 is absolute, so none
   "xavier": nn.initializers.xavier_uniform(),  # MAE
-}
-ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
-  "gelu": lambda x: nn.gelu(x, approximate=False),
-  "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-  "relu": nn.relu,
-  "swiglu": lambda gate, x: nn.silu(gate) * x,
 }
 REMAT: dict[str, Callable | None] = {
   "none": None,

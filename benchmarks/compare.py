@@ -141,8 +141,9 @@ class Comparison:
     return scores
 
   def _cost(self, workdir: pathlib.Path) -> dict[str, float]:
-    train = json.loads((workdir / "results.json").read_text())["train"]
-    return {"train steps": train["steps"], "train seconds": train["seconds"]}
+    results = json.loads((workdir / "results.json").read_text())
+    train = {f"train {name}": results["train"][name] for name in ("steps", "seconds")}
+    return train | {"collapse alarms": len(results["alarms"])}
 
 
 def _spread(rows: list[dict[str, float]]) -> dict[str, dict]:
@@ -158,7 +159,7 @@ def _spread(rows: list[dict[str, float]]) -> dict[str, dict]:
 def columns(table: Table) -> list[str]:
   """Accuracies and what they cost; the other numbers are in the CSV and the JSON."""
   numbers = dict.fromkeys(n for row in table.values() for n in row)
-  return [n for n in numbers if n.endswith((" accuracy", "train steps", "train seconds"))]
+  return [n for n in numbers if n.endswith((" accuracy", " steps", " seconds", " alarms"))]
 
 
 def cells(table: Table, row: str) -> list[str]:

@@ -95,7 +95,8 @@ def load(spec: str):
 
   path, *overrides = spec.split(",")
   config = config_lib.load(str(HERE.parent / path), overrides)
-  sharding.use_all_cores(rows=config.batch_size // config.accumulate)
+  rows = config.batch_size // config.accumulate
+  sharding.use_all_cores(rows=rows, count=config.mesh.cpu_devices)
   c = config.data
   blank = np.broadcast_to(np.zeros((), np.uint8), (10**6, 1, 1, c.channels))
   data = Data.from_arrays(blank, size=c.size, mean=c.mean, std=c.std)

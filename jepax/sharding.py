@@ -214,12 +214,17 @@ def regroup(x: jax.Array, *, groups: int) -> jax.Array:
   A parameter lies split in one piece a device, which for q, k and v side by side are not the same
   heads of each: it is gathered over `tensor` first, as over `fsdp`, and then cut anew.
   """
-  mesh, free = _mesh(), (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-  cut = mesh is not None and mesh.shape["tensor"] > 1
+  free, cut = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1), tensor_parts() > 1
   if cut and groups > 1:
     x = jax.lax.with_sharding_constraint(x, PartitionSpec(*free, None))
   x = x.reshape(*x.shape[:-1], groups, -1)
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*free, None, "tensor")) if cut else x
+
+
+def tensor_parts() -> int:
+  """Devices along `tensor` of the mesh that is set; 1 without one."""
+  mesh = _mesh()
+  return 1 if mesh is None else mesh.shape["tensor"]
 
 
 def _mesh() -> AbstractMesh | None:

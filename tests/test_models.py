@@ -347,7 +347,7 @@ def test_gelu_and_its_gradient_equal_jax(dtype):
   x = jnp.linspace(-8, 8, 4001).astype(dtype)
   plain = functools.partial(jax.nn.gelu, approximate=False)
   wide = x.astype(jnp.float32)
-  # What is given back is rounded, and before it 1 + erf, by a unit in the last place of 1, times |x|.
+  # Rounded are what is given back and, by a unit in the last place of 1, the 1 + erf that x takes.
   tolerance = dict(rtol=float(jnp.finfo(dtype).eps), atol=8 * float(jnp.finfo(jnp.float32).eps))
   np.testing.assert_allclose(gelu(x).astype(jnp.float32), plain(wide), **tolerance)
   slope = jax.grad(lambda x: gelu(x).astype(jnp.float32).sum())(x)

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jepax.models.activations import ACTIVATIONS
 from jepax.models.attention import IMPLEMENTATIONS, attention
 from jepax.names import one_of
-from jepax.sharding import constrain, regroup
+from jepax.sharding import constrain, regroup, tensor_parts
 
 INITS: dict[str, Callable[..., jax.Array]] = {
   "normal": nn.initializers.normal(0.02),  # I-JEPA: its truncation at +-2 is absolute, so none
@@ -57,6 +57,9 @@ class Grouped(nn.Module, kw_only=True):
     kernel = self.param("kernel", INITS[self.init_name], shape)
     bias = self.param("bias", nn.initializers.zeros, shape[1:])
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    if tensor_parts() == 1:  # a plain product, whose gradient needs no transposed copies on a CPU
+      y = x @ kernel + bias
+      return tuple(constrain(part, split=-1) for part in jnp.split(y, self.groups, axis=-1))
     kernel, bias = regroup(kernel, groups=self.groups), regroup(bias, groups=self.groups)
     y = constrain(jnp.tensordot(x, kernel, 1) + bias, split=-1)  # [b n groups units]
     return tuple(y[:, :, group] for group in range(self.groups))

@@ -37,14 +37,9 @@ CASES = {
   },
   "configs/ijepa_vits.py,batch_size=16,precision=float32": {
     "as configured (unrolled, one device a core, exact GELU)": "",
-    "one device, whose threads share each operation": "mesh.cpu_devices=1",
-    "tanh GELU": of_both("activation=gelu_tanh"),
     "attention: jax.nn.dot_product_attention": of_both("attention=xla"),
     "blocks scanned": of_both("scan=true"),
-    "blocks scanned, all but matrix products computed again": of_both("scan=true")
-    + ","
-    + of_both("remat=dots"),
-    "bfloat16": "precision=bfloat16",
+    "scanned, all but matrix products again": f"{of_both('scan=true')},{of_both('remat=dots')}",
   },
 }
 

@@ -1,0 +1,146 @@
+"""ConvNeXt: a convolutional network with the transformer's block, and no batch statistics.
+
+Source: arXiv 2201.03545; sizes and conventions of torchvision's models.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+
+from jepax.models.resnet import check_size
+from jepax.names import one_of
+from jepax.sharding import constrain
+
+# name: width, blocks a stage
+VARIANTS = {"convnext_tiny": (768, (3, 3, 9, 3))}
+INIT = nn.initializers.normal(0.02)  # the reference's truncation at +-2 is absolute, so none
+
+
+def layer_norm(dtype: jnp.dtype, *, name: str) -> nn.LayerNorm:
+  """Over channels; statistics in float32, output in `dtype`."""
+  return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def patches(owner: nn.Module, width: int, side: int, *, name: str) -> nn.Conv:
+  """Cuts the map into patches of `side` and projects each to `width` channels."""
+  return nn.Conv(
+    width, (side, side), strides=side, padding=0, dtype=owner.dtype, kernel_init=INIT, name=name
+  )
+
+
+class Block(nn.Module, kw_only=True):
+  """x + scale * mlp(norm(7x7 depthwise convolution of x)).
+
+  layer_scale: initial value of `scale`, a learned factor a channel. A branch of a sample is dropped
+  at the rate `drop_rate` where an rng stream 'drop_path' is passed.
+  """
+
+  layer_scale: float
+  drop_rate: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[b h w c] -> [b h w c]."""
+    x = constrain(x)
+    c = x.shape[-1]
+    layers = dict(dtype=self.dtype, kernel_init=INIT)
+    y = nn.Conv(c, (7, 7), padding=3, feature_group_count=c, name="conv", **layers)(x)
+    y = layer_norm(self.dtype, name="norm")(y)
+    y = nn.gelu(nn.Dense(4 * c, name="fc1", **layers)(y), approximate=False)
+    y = nn.Dense(c, name="fc2", **layers)(y)
+    y = y * self.param("scale", nn.initializers.constant(self.layer_scale), (c,))
+    if self.has_rng("drop_path"):
+      kept = 1 - self.drop_rate
+      y = y * (jax.random.bernoulli(self.make_rng("drop_path"), kept, (len(y), 1, 1, 1)) / kept)
+    return x + y.astype(x.dtype)
+
+
+class ConvNeXt(nn.Module, kw_only=True):
+  """Images to the cells of the last map, as tokens; a sample's feature is their mean.
+
+  The norm that the reference puts after that mean belongs to its classifier.
+
+  width: d, channels of the last map; each stage before has half of the next.
+  depths: blocks of each of the four stages. stem: pixels a side of the first patches, 4, or for
+  small images 2 or 1. layer_scale: see `Block`. drop_path: rate of the last block, growing linearly
+  from 0 at the first. dtype: of convolutions, linear layers and norms' outputs; parameters and the
+  residual stream are float32.
+
+  Raises:
+    ValueError: other than four stages, sizes below 1, or a width that they don't divide.
+  """
+
+  width: int
+  depths: tuple[int, ...]
+  stem: int = 4
+  layer_scale: float = 1e-6
+  drop_path: float = 0.0
+  dtype: jnp.dtype = jnp.float32
+
+  class_token = False
+  prefix = 0
+  position = "none"
+  grid = None
+
+  def __post_init__(self):
+    if len(self.depths) != 4 or min(self.depths) < 1:
+      raise ValueError(f"depths={self.depths} must be the blocks of four stages, 1 or more each")
+    if self.width < 1 or self.width % 8 or self.stem < 1:
+      raise ValueError(
+        f"width={self.width} must be a positive multiple of 8, and stem={self.stem} at least 1"
+      )
+    if not 0 <= self.drop_path < 1:
+      raise ValueError(f"drop_path must lie in [0, 1), found {self.drop_path}")
+    super().__post_init__()
+
+  @property
+  def patch(self) -> int:
+    """Pixels a side that one cell of the last map stands for."""
+    return 8 * self.stem
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """f32[b h w c], normalised, h and w multiples of `patch` -> f32[b n d], n cells in raster order.
+
+    Raises:
+      ValueError: another size.
+    """
+    check_size(images, patch=self.patch)
+    rates = iter(np.linspace(0, self.drop_path, sum(self.depths)).tolist())
+    x = images
+    for stage, depth in enumerate(self.depths):
+      width = self.width >> (3 - stage)
+      if stage:
+        x = layer_norm(self.dtype, name=f"stage{stage}_norm")(x)
+      x = patches(self, width, 2 if stage else self.stem, name=f"stage{stage}_down")(x)
+      x = x.astype(jnp.float32)
+      if not stage:
+        x = layer_norm(jnp.float32, name="stage0_norm")(x)
+      for i in range(depth):
+        x = Block(
+          layer_scale=self.layer_scale,
+          drop_rate=next(rates),
+          dtype=self.dtype,
+          name=f"stage{stage}_block{i}",
+        )(x)
+    return rearrange(x, "b h w d -> b (h w) d")
+
+
+def convnext(variant: str, **fields) -> ConvNeXt:
+  """A ConvNeXt by the name of its size: convnext_tiny.
+
+  Args:
+    variant: a key of VARIANTS.
+    **fields: any other field of `ConvNeXt`; sizes given here override the variant's.
+
+  Raises:
+    ValueError: an unknown variant.
+  """
+  one_of(variant, VARIANTS, where="variant")
+  sizes = dict(zip(("width", "depths"), VARIANTS[variant], strict=True))
+  return ConvNeXt(**{**sizes, **fields})

@@ -39,20 +39,21 @@ def base() -> ConfigDict:
   config.method = ConfigDict()
   config.optim = ConfigDict(
     dict(
-      name="adamw",  # adamw or lars
+      name="adamw",  # adamw, lars or sgd
       lr=1e-3,  # at the end of the warm-up
       start_lr=0.0,
       final_lr=1e-6,
       warmup="10%",
-      weight_decay=0.05,  # never on biases and norms
+      weight_decay=0.05,  # never on biases and norms, but with sgd
       final_weight_decay=0.05,  # reached on a cosine
-      b1=0.9,  # LARS: momentum
+      b1=0.9,  # LARS, SGD: momentum
       b2=0.999,
       unscheduled="",  # part of the parameters that keeps lr throughout: 'predictor' in SimSiam
       clip=0.0,  # largest global norm of the gradient; 0 for none
       clip_parts=False,  # encoder and each head on its own (DINOv2)
       layer_decay=1.0,  # factor on the rate for each layer below the encoder's output
       embed_scale=1.0,  # further factor on the rate of the patch embedding
+      bias_scale=1.0,  # factor on the rate of biases and norms
       freeze="0 steps",  # how long the prototypes of heads don't move at the start
     )
   )
@@ -246,10 +247,9 @@ def _read(text: str, *, like: Any, where: str, kind: type | None = None) -> Any:
     return value
   if kind is str:
     return text
-  if kind is float and type(value) is int:
-    return float(value)
-  if kind is int and type(value) is float and value.is_integer():
-    return int(value)
+  whole = kind is int and type(value) is float and value.is_integer()
+  if whole or (kind is float and type(value) is int):
+    return kind(value)
   if kind in (tuple, list) and isinstance(value, (tuple, list)):
     return kind(value)
   if type(value) is not kind:

@@ -16,7 +16,7 @@ from jepax.sharding import is_stacked
 
 Schedule = Callable[[Any], jax.Array]
 
-# By name, since a scanned stack gives biases a second axis.
+# By name, since a scanned stack gives biases a second axis. Norms of any kind have these names.
 NOT_DECAYED = ("bias", "scale", "scale1", "scale2")
 
 
@@ -68,8 +68,13 @@ def layer_scales(params: Any, *, decay: float, embed: float = 1.0) -> Any:
   Returns:
     The tree of params, of floats; of arrays [depth 1 ...] for a scanned stack.
 
+  Raises:
+    ValueError: a convolutional encoder.
+
   Source: facebookresearch/mae, util/lr_decay.py; facebookresearch/dinov2, utils/param_groups.py.
   """
+  if "transformer" not in params["encoder"]:
+    raise ValueError("optim.layer_decay and embed_scale are for transformers; leave them at 1.0")
   blocks = params["encoder"]["transformer"]
   if "blocks" in blocks:
     depth = jax.tree.leaves(blocks)[0].shape[0]
@@ -94,6 +99,15 @@ def scale_by_layer(decay: float, *, embed: float = 1.0) -> optax.GradientTransfo
   return optax.stateless(
     lambda updates, params: jax.tree.map(
       jnp.multiply, updates, layer_scales(params, decay=decay, embed=embed)
+    )
+  )
+
+
+def scale_biases(factor: float) -> optax.GradientTransformation:
+  """Multiplies the updates of biases and norm scales (Barlow Twins)."""
+  return optax.stateless(
+    lambda updates, params: jax.tree.map(
+      lambda decays, x: x if decays else factor * x, decayed(params), updates
     )
   )
 
@@ -173,17 +187,22 @@ def build(section: ConfigDict, *, steps: int, warmup: int, freeze: int = 0) -> O
     "schedule/weight_decay": lambda step: decay(step + 1),
   }
   rate = _rate(schedules["schedule/learning_rate"], section)
-  weight_decay = optax.add_decayed_weights(schedules["schedule/weight_decay"], mask=decayed)
+  # SGD decays all parameters, as torch's does where a recipe hands them over in one group.
+  mask = None if section.name == "sgd" else decayed
+  weight_decay = optax.add_decayed_weights(schedules["schedule/weight_decay"], mask=mask)
   chain = {
     "adamw": [optax.scale_by_adam(b1=section.b1, b2=section.b2), weight_decay, rate],
     # Not optax.lars, which scales by the learning rate before the momentum.
     "lars": [weight_decay, trust_ratio(), optax.trace(section.b1), rate],
+    "sgd": [weight_decay, optax.trace(section.b1), rate],  # decay is part of the gradient
   }[section.name]
   if section.clip:
     clip = clip_parts if section.clip_parts else optax.clip_by_global_norm
     chain.insert(0, clip(section.clip))
   if section.layer_decay != 1 or section.embed_scale != 1:
     chain.append(scale_by_layer(section.layer_decay, embed=section.embed_scale))
+  if section.bias_scale != 1:
+    chain.append(scale_biases(section.bias_scale))
   if freeze:
     chain.append(frozen_until(freeze, name="prototypes"))
   return Optimizer(optax.chain(*chain), schedules)
@@ -203,7 +222,7 @@ def _rate(schedule: Schedule, section: ConfigDict) -> optax.GradientTransformati
 
 
 def _check(section: ConfigDict, *, steps: int, warmup: int) -> None:
-  one_of(section.name, ("adamw", "lars"), where="optim.name")
+  one_of(section.name, ("adamw", "lars", "sgd"), where="optim.name")
   if warmup > steps:
     raise ValueError(
       f"optim.warmup={section.warmup!r} is {warmup} steps but the run only {steps}; shorten it or "
@@ -212,7 +231,7 @@ def _check(section: ConfigDict, *, steps: int, warmup: int) -> None:
   for key in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "clip"):
     if not section[key] >= 0:
       raise ValueError(f"optim.{key}={section[key]!r} must not be negative")
-  for key in ("layer_decay", "embed_scale"):
+  for key in ("layer_decay", "embed_scale", "bias_scale"):
     if not 0 < section[key] <= 1:
       raise ValueError(f"optim.{key}={section[key]!r} must lie in (0, 1]")
   for key in ("b1", "b2"):

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from PIL import Image
 
 from jepax.core import Features, Params
@@ -23,6 +24,7 @@ from jepax.data.augment import check_normalisation, normalise
 from jepax.data.build import Data
 from jepax.data.decode import convert_channels
 from jepax.data.transforms import INTERPOLATIONS, CenterCrop, resize
+from jepax.models import encoder as encoders
 from jepax.models.vit import ViT, sincos2d
 from jepax.names import one_of
 
@@ -92,13 +94,14 @@ class Preprocess:
 class Encoder:
   """A frozen image encoder: a function images -> Features.
 
-  module: the ViT. params: its weights. preprocess: what they were trained with.
+  module: a ViT, ResNet or ConvNeXt. params: its weights, with its running statistics where it has
+  any (`models.encoder`). preprocess: what they were trained with.
   name: which weights these are: 'target', 'online', 'random_init', ...
   pool: 'mean' of the patch tokens (I-JEPA) or the 'class' token (DINOv2).
   origin: where the weights come from, in words.
   """
 
-  module: ViT
+  module: nn.Module
   params: Params
   preprocess: Preprocess
   name: str
@@ -109,6 +112,19 @@ class Encoder:
     one_of(self.pool, POOLS, where="pool")
     if self.pool == "class" and not self.module.class_token:
       raise ValueError("pool='class' needs an encoder with a class token; use pool='mean'")
+
+  @property
+  def offered(self) -> tuple[str, ...]:
+    """The kinds of features it has: all, but for want of a class token or of equal blocks."""
+    lacking = {"class": not self.module.class_token, "last4": not isinstance(self.module, ViT)}
+    return tuple(kind for kind in KINDS if kind not in lacking or not lacking[kind])
+
+  def check_blocks(self, what: str) -> None:
+    """Raises ValueError where the encoder is no transformer, and so can't do `what`."""
+    if not isinstance(self.module, ViT):
+      raise ValueError(
+        f"this encoder is a {type(self.module).__name__}, and {what} need the blocks of a ViT"
+      )
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -144,7 +160,11 @@ class Encoder:
     """Outputs of the last `last` blocks, each through the final norm, f32[last b p+n d].
 
     Class token and registers, `module.prefix` of them, come first.
+
+    Raises:
+      ValueError: a convolutional encoder, whose layers have other shapes.
     """
+    self.check_blocks("the outputs of its last blocks")
     return _layers(self._jitted, self.params, self._sized(images), last)
 
   def kinds(self, images: np.ndarray | jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
@@ -159,14 +179,14 @@ class Encoder:
     """
     for name in names:
       one_of(name, KINDS, where="kind of features")
-    if "class" in names and not self.module.class_token:
-      raise ValueError("this encoder has no class token; use 'pooled' or 'last4' features")
+      if name not in self.offered:
+        raise ValueError(f"this encoder has no {name!r} features; it has {self.offered}")
     return _kinds(self._jitted, self.params, self._sized(images), names)
 
   def random(self, seed: int = 0) -> Encoder:
     """The same encoder at random initialisation: the control beside every number."""
     image = jnp.zeros((1, *self.preprocess.size, len(self.preprocess.mean)))
-    params = jax.jit(self.module.init)(jax.random.key(seed), image)["params"]
+    params = jax.jit(encoders.init, static_argnums=0)(self.module, jax.random.key(seed), image)
     if self._has_frozen_table():  # it was never trained, so a fresh network has it too
       params = {**params, "position": self.params["position"]}
     return dataclasses.replace(
@@ -200,7 +220,7 @@ class Encoder:
     return bool(np.abs(table - sincos2d(self.grid, self.module.width)).max() < 1e-5)
 
   @property
-  def _jitted(self) -> tuple[ViT, Preprocess, str]:
+  def _jitted(self) -> tuple[nn.Module, Preprocess, str]:
     """What the compiled functions depend on beside arrays, hashable."""
     return self.module, self.preprocess, self.pool
 
@@ -237,7 +257,7 @@ def load(
 @functools.partial(jax.jit, static_argnums=0)
 def _features(static, params: Params, images) -> Features:
   module, preprocess, pool = static
-  x = module.apply({"params": params}, preprocess.normalise(images))
+  x = encoders.apply(module, params, preprocess.normalise(images))
   patches = x[:, module.prefix :]
   return Features(patches, patches.mean(1) if pool == "mean" else x[:, 0])
 
@@ -251,8 +271,12 @@ def _layers(static, params: Params, images, last: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _kinds(static, params: Params, images, names: tuple[str, ...]) -> dict[str, jax.Array]:
   module, preprocess, pool = static
-  last = min(4, module.depth) if "last4" in names else 1
-  layers = module.apply({"params": params}, preprocess.normalise(images), last=last)
+  x = preprocess.normalise(images)
+  if isinstance(module, ViT):
+    last = min(4, module.depth) if "last4" in names else 1
+    layers = module.apply({"params": params}, x, last=last)
+  else:
+    layers = encoders.apply(module, params, x)[None]
   patches = layers[:, :, module.prefix :]  # [l b n d]
   means = patches.mean(2)
   found = {

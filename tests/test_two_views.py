@@ -85,7 +85,7 @@ def test_simsiam_and_where_its_gradient_stops():
   np.testing.assert_allclose(found, -(cosine(PX, Y) + cosine(PY, X)) / 2, rtol=1e-5, atol=1e-6)
 
   def with_constant_targets(params):
-    x, y = (method.project(params, VIEWS[:, v]) for v in (0, 1))
+    (x, y), _ = method.project(params, {}, [VIEWS[:, v] for v in (0, 1)])
     loss = 0.0
     for z, target in ((x, Y), (y, X)):
       p = method.predict(params, z)

@@ -88,6 +88,11 @@ def write(weights: Weights, folder: Path, *, branch: str | None = None) -> None:
   Raises:
     ValueError: an architecture that no such model has.
   """
+  if not isinstance(weights.module, ViT):
+    raise ValueError(
+      f"a Hugging Face folder holds a ViT here, and this is a {type(weights.module).__name__}: "
+      "write a jepax folder instead"
+    )
   name = next(iter(weights.branches)) if branch is None else branch
   one_of(name, weights.branches, where="branch")
   weights = weights.tabled()

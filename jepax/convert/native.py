@@ -14,15 +14,17 @@ from flax import linen as nn
 import jepax
 from jepax.convert import files, rules
 from jepax.convert.weights import Part, Weights, prefixed, shapes, under
+from jepax.models.convnext import ConvNeXt
 from jepax.models.decoder import PixelDecoder
 from jepax.models.predictor import Predictor
+from jepax.models.resnet import ResNet
 from jepax.models.vit import ViT
 from jepax.names import one_of
 from jepax.pretrained import Preprocess
 
 CARD, TENSORS = "jepax.json", "weights.safetensors"
 FORMAT = 1
-MODULES = {module.__name__: module for module in (ViT, Predictor, PixelDecoder)}
+MODULES = {m.__name__: m for m in (ViT, ResNet, ConvNeXt, Predictor, PixelDecoder)}
 
 
 def write(weights: Weights, folder: Path, *, branch: str | None = None) -> None:

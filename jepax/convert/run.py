@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from jepax import config as config_lib
 from jepax.checkpoint import Checkpoints
 from jepax.convert.weights import Weights, flatten
 from jepax.data import build as data_build
+from jepax.models.vit import ViT
 from jepax.pretrained import Preprocess
 
 CHECKPOINTS = "checkpoints"
@@ -58,12 +60,17 @@ def read(workdir: Path) -> Weights:
     for name in method.branches
   }
   return Weights(
-    module=method.encoder.clone(scan=False),  # `flatten` unstacks the blocks
+    module=_unstacked(method.encoder),
     branches=branches,
     preprocess=preprocess,
     pool=method.pool,
     origin={"path": str(workdir), "format": f"run, step {step}", "sha256": _sha256(branches)},
   )
+
+
+def _unstacked(module: nn.Module) -> nn.Module:
+  """The encoder whose blocks lie as `flatten` leaves them."""
+  return module.clone(scan=False) if isinstance(module, ViT) else module
 
 
 def _preprocess(meta: Mapping[str, Any], config: Mapping[str, Any]) -> Preprocess:

@@ -15,8 +15,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jepax.convert import positions as position_tables
 from jepax.convert.rules import SAME_TABLE, Flat
 from jepax.masks.tokens import TokenSet
+from jepax.models import encoder as encoders
+from jepax.models.convnext import ConvNeXt
 from jepax.models.decoder import PixelDecoder
 from jepax.models.predictor import Predictor
+from jepax.models.resnet import ResNet
 from jepax.models.vit import ViT
 from jepax.names import one_of
 from jepax.pretrained import Encoder, Preprocess
@@ -36,13 +39,13 @@ class Part:
 class Weights:
   """What any source holds, in jepax's terms.
 
-  module: the encoder, its blocks not stacked. branches: name -> its parameters, flat; the first
-  is the one to use. parts: 'predictor', 'decoder', where the source has them.
+  module: the encoder, its blocks not stacked. branches: name -> its weights (`models.encoder`),
+  flat; the first is the one to use. parts: 'predictor', 'decoder', where the source has them.
   preprocess, pool: as `pretrained.Encoder`. facts: settings of pre-training that the source states.
   origin: 'path', 'format' and 'sha256' of the source, and 'origin', its own, where it says so.
   """
 
-  module: ViT
+  module: nn.Module
   branches: dict[str, Flat]
   preprocess: Preprocess
   pool: str
@@ -83,13 +86,18 @@ class Weights:
 
     Raises:
       ValueError: another grid than that of the weights without a choice, a size that doesn't
-        divide into patches, or recomputing a table that was learned.
+        divide into patches, recomputing a table that was learned, or a choice of positions where
+        there are none.
     """
     if positions is not None:
       one_of(positions, position_tables.CHOICES, where="positions")
     native = self.module.grid or self._grid(self.preprocess)
     preprocess = self.preprocess if size is None else _resized(self.preprocess, size)
     grid = self._grid(preprocess)
+    if self.module.position == "none":
+      if positions is not None:
+        raise ValueError(f"this encoder has no positions to {positions}; leave out that choice")
+      return dataclasses.replace(self, preprocess=preprocess)
     if positions is None and grid != native:
       own = " x ".join(str(n * self.module.patch) for n in native)
       raise ValueError(
@@ -191,22 +199,27 @@ def under(name: str, flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shapes(module: nn.Module, *, channels: int, width: int | None = None) -> dict[str, tuple]:
-  """path -> shape of a module's parameters, computing nothing.
+  """path -> shape of a module's weights, computing nothing.
 
   Args:
-    module: a ViT, Predictor or PixelDecoder.
+    module: an encoder, Predictor or PixelDecoder.
     channels: of the encoder's images.
     width: d of the encoder whose output a predictor or decoder reads.
   """
   one = TokenSet(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
-  if isinstance(module, ViT):
+  if isinstance(module, (ViT, ResNet, ConvNeXt)):
     side = [n * module.patch for n in module.grid or (1, 1)]
-    arguments = (jnp.zeros((1, *side, channels)),)
-  elif isinstance(module, Predictor):
+    image = jnp.zeros((1, *side, channels))
+    tree = jax.eval_shape(lambda key: encoders.init(module, key, image), jax.random.key(0))
+    return _shapes(tree)
+  if isinstance(module, Predictor):
     targets = TokenSet(one.index[None], one.valid[None])
     arguments = (jnp.zeros((1, 1, width)), one, targets)
   else:
     arguments = (jnp.zeros((1, 2, width)), one, one)
-  grid = {} if isinstance(module, ViT) else {"grid": (1, 1)}
-  tree = jax.eval_shape(lambda key: module.init(key, *arguments, **grid), jax.random.key(0))
-  return {path: x.shape for path, x in flatten_dict(tree["params"], sep="/").items()}
+  tree = jax.eval_shape(lambda key: module.init(key, *arguments, grid=(1, 1)), jax.random.key(0))
+  return _shapes(tree["params"])
+
+
+def _shapes(tree: Mapping[str, Any]) -> dict[str, tuple]:
+  return {path: x.shape for path, x in flatten_dict(tree, sep="/").items()}

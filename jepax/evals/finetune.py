@@ -243,6 +243,7 @@ def accuracy(tuned: FineTuned, images: np.ndarray, labels: np.ndarray, *, batch_
 
 def classifier(encoder: Encoder, *, num_classes: int, protocol: FineTune) -> Classifier:
   """The module that is trained: the encoder with the protocol's drop path, norm and head."""
+  encoder.check_blocks("drop path and the rates of its layers in fine-tuning")
   module = encoder.module.clone(
     drop_path=protocol.drop_path, final_norm=not protocol.fc_norm, parent=None
   )

@@ -16,12 +16,16 @@ def attention_maps(encoder: Encoder, images: np.ndarray | jax.Array) -> jax.Arra
   """The attention weights of every layer and head.
 
   Args:
-    encoder: any; its blocks sow queries and keys, so this is exactly what it computed.
+    encoder: a ViT; its blocks sow queries and keys, so this is exactly what it computed.
     images: u8[b *size channels].
 
   Returns:
     f32[l b h n n], query by key, rows sum to 1; class token and registers come first, if any.
+
+  Raises:
+    ValueError: a convolutional encoder.
   """
+  encoder.check_blocks("attention maps")
   return _maps((encoder.module, encoder.preprocess), encoder.params, images)
 
 

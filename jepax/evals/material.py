@@ -52,7 +52,7 @@ def collect(
   Args:
     source: labelled examples of any size.
     encoders: of one preprocessing, each with a name of its own.
-    kinds: see `Encoder.kinds`; 'class' is left out for encoders without a class token.
+    kinds: see `Encoder.kinds`; those that an encoder doesn't offer are left out.
     limit: images at most; as many of each class as there are, to one, where that is known.
     batch_size: images a forward pass; the last is padded, so that one shape compiles.
     keep_images: whether Table.image is wanted.
@@ -97,11 +97,11 @@ def _check_memory(size: int, rows: int) -> None:
 def _features(encoders, images, kinds, batch_size):
   """(subject, kind, f32[n ...]) of one batch."""
   for encoder in encoders:
-    names = tuple(k for k in kinds if k != "class" or encoder.module.class_token)
+    names = tuple(kind for kind in kinds if kind in encoder.offered)
     for kind, values in _encode(encoder, images, names, batch_size).items():
       yield encoder.name, kind, values
   for kind in kinds:
-    if kind == "class" and not any(encoder.module.class_token for encoder in encoders):
+    if not any(kind in encoder.offered for encoder in encoders):
       continue
     if kind == "tokens":
       patch = encoders[0].module.patch

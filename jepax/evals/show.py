@@ -10,6 +10,7 @@ from jepax.data.build import Data
 from jepax.data.loader import take
 from jepax.evals import maps, pictures
 from jepax.evals.features import extract, extract_tokens
+from jepax.models.vit import ViT
 from jepax.pretrained import Encoder
 from jepax.report import Pictures
 
@@ -39,6 +40,7 @@ def gallery(encoder: Encoder, data: Data, *, batch_size: int) -> Pictures:
   near = pictures.nearest(features[1][:SHOWN], features[0], k=min(NEIGHBOURS, len(features[0])))
   labelled = "label" in bank and "label" in queries
   tokens = extract_tokens(encoder.features, images, batch_size=batch_size)
+  attends = isinstance(encoder.module, ViT)
   return Pictures(
     grid=encoder.grid,
     neighbour_queries=images,
@@ -49,8 +51,8 @@ def gallery(encoder: Encoder, data: Data, *, batch_size: int) -> Pictures:
     class_names=data.class_names,
     pca_images=images,
     pca=pictures.patch_pca(tokens, encoder.grid),
-    attention_images=images,
-    attention=attention(encoder, images),
+    attention_images=images if attends else None,
+    attention=attention(encoder, images) if attends else None,
   )
 
 

@@ -12,6 +12,7 @@ from absl import logging
 from jepax.data.build import Data
 from jepax.data.sources import ArraySource, Source
 from jepax.evals import material, scene_protocols
+from jepax.evals.protocols import Attentive, FineTune
 from jepax.names import one_of
 from jepax.pretrained import Encoder
 from jepax.report.protocols import cell
@@ -47,7 +48,8 @@ def evaluate(
     'seeds'}}; 'std' is over seeds, with one degree of freedom less, 0 for one seed.
 
   Raises:
-    ValueError: no labels, or no test split where it is asked for.
+    ValueError: no labels, no test split where it is asked for, or a protocol that no encoder here
+      can answer.
   """
   one_of(split, SPLITS, where="split")
   if min(seeds, limit, batch_size) < 1:
@@ -62,10 +64,12 @@ def evaluate(
     raise ValueError("these images have no labels, and the protocols score labels")
   if own and split == "test" and data.test is None:
     raise ValueError("there is no test split; score held-out training images: split='validation'")
-  classes = any(encoder.module.class_token for encoder in encoders)
+  offered = {kind for encoder in encoders for kind in encoder.offered}
   for name, protocol in protocols.items():
-    if set(protocol.kinds) == {"class"} and not classes:
-      raise ValueError(f"{name} takes class tokens, and no encoder here has one")
+    if protocol.kinds and not offered & set(protocol.kinds):
+      raise ValueError(f"{name} takes {protocol.kinds} features, and no encoder here has them")
+    if isinstance(protocol, (Attentive, FineTune)):
+      encoders[0].check_blocks(name)
   options = dict(encoders=encoders, seeds=seeds, limit=limit, batch_size=batch_size)
   found = {}
   if own:

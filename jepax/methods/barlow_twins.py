@@ -49,7 +49,7 @@ class BarlowTwins(TwoViews):
     self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, LossOut]:
     """One batch: two views, encode and project each, compare features."""
-    x, y = (self.project(params, view) for view in self.draw_views(key, batch))  # [b e]
+    (x, y), carry = self.project(params, carry, self.draw_views(key, batch))  # [b e]
     on, off = redundancy(x, y)
     metrics = {"loss/on_diagonal": on, "loss/off_diagonal": off}
     return on + self.off_diagonal * off, LossOut(carry, metrics)
@@ -68,7 +68,7 @@ def build(
 
   Args:
     run: normalisation and compute dtype.
-    encoder: arguments of `models.vit.vit`.
+    encoder: arguments of `models.vit.vit`, `resnet` or `convnext`.
     views: fields of `data.augment.Augment` but mean and std.
     second: what differs in the second view.
     projector: hidden and output widths.

@@ -33,13 +33,12 @@ class BYOL(WithTarget):
     self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, LossOut]:
     """One batch: each view's prediction and the target's other view, |p - z|^2 on the sphere."""
-    x, y = self.draw_views(key, batch)
-    target = jax.lax.stop_gradient(carry["target"])
-    online = self.project(params, x)  # [b e]
-    towards_y = losses.cosine(self.predict(params, online), self.project(target, y)).mean()
-    other = self.predict(params, self.project(params, y))
-    towards_x = losses.cosine(other, self.project(target, x)).mean()
-    metrics = {"train/spread": spread(online), "schedule/momentum": self.momentum(step)}
+    views, carry = self.draw_views(key, batch), jax.lax.stop_gradient(carry)
+    (x, y), carry = self.project(params, carry, views)  # [b e]
+    (target_x, target_y), carry = self.project(params, carry, views, branch="target")
+    towards_y = losses.cosine(self.predict(params, x), target_y).mean()
+    towards_x = losses.cosine(self.predict(params, y), target_x).mean()
+    metrics = {"train/spread": spread(x), "schedule/momentum": self.momentum(step)}
     return 4 - 2 * towards_x - 2 * towards_y, LossOut(carry, metrics)
 
 
@@ -57,7 +56,7 @@ def build(
 
   Args:
     run: normalisation, steps and compute dtype.
-    encoder: arguments of `models.vit.vit`.
+    encoder: arguments of `models.vit.vit`, `resnet` or `convnext`.
     views: fields of `data.augment.Augment` but mean and std.
     second: what differs in the second view.
     projector: hidden and output widths.

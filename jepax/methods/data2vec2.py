@@ -22,9 +22,9 @@ from jepax.core import Batch, Carry, Features, LossOut, Params, ema, sample_keys
 from jepax.data.augment import Augment
 from jepax.masks.inverse_block import InverseBlock
 from jepax.masks.tokens import Masks, TokenSet, gather
+from jepax.methods.masking import build_vit
 from jepax.models.decoder import ConvDecoder
 from jepax.models.transformer import mlp_outputs
-from jepax.models.vit import vit
 from jepax.optim import linear
 
 
@@ -191,11 +191,9 @@ def build(
   Raises:
     ValueError: an unknown key, or a value that can't work.
   """
-  network = construct(
-    vit,
+  network = build_vit(
+    run,
     {"norms": "post", "token_std": 1.0, **encoder},
-    where="method.encoder",
-    dtype=run.dtype,
     class_token=True,
     registers=0,  # the decoder takes patches alone, and the class token has a loss of its own
     mask_token=False,

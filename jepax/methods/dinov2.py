@@ -22,8 +22,8 @@ from jepax.data.augment import Augment
 from jepax.data.views import MultiCrop
 from jepax.masks.crop_blocks import CropBlocks
 from jepax.masks.tokens import Masks, TokenSet, gather, to_bool
+from jepax.methods.masking import build_vit
 from jepax.models.heads import DinoHead
-from jepax.models.vit import vit
 from jepax.names import one_of
 from jepax.optim import cosine, linear
 
@@ -355,8 +355,7 @@ def _encoder(run: Run, encoder: Mapping[str, Any], grid: tuple[int, int]) -> nn.
   positions = {"position": "learned", "resize": "bicubic", "token_std": 1e-6, **encoder}
   if positions["position"] == "learned":
     positions["grid"] = grid
-  fixed = dict(where="method.encoder", dtype=run.dtype, class_token=True, mask_token=True)
-  return construct(vit, positions, **fixed)
+  return build_vit(run, positions, class_token=True, mask_token=True)
 
 
 def _check(momentum, temperature, share, student_temperature, local_views) -> None:

@@ -14,8 +14,8 @@ from jepax.config import Run, construct
 from jepax.data.augment import Augment
 from jepax.masks.multiblock import MultiBlock
 from jepax.methods.jepa import JEPA
+from jepax.methods.masking import build_vit
 from jepax.models.predictor import Predictor
-from jepax.models.vit import vit
 from jepax.optim import linear
 
 
@@ -49,7 +49,7 @@ def build(
   """
   # Patch tokens alone: masks, predictor and pooling count no others.
   patches_only = dict(class_token=False, registers=0, mask_token=False, drop_path=0.0)
-  network = construct(vit, encoder, where="method.encoder", dtype=run.dtype, **patches_only)
+  network = build_vit(run, encoder, **patches_only)
   grid = run.grid(network.patch)
   if not 0 <= momentum[0] <= momentum[1] <= 1:
     raise ValueError(f"method.momentum={momentum} must be (first, last), 0 <= first <= last <= 1")

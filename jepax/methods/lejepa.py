@@ -101,7 +101,7 @@ class LeJEPA(TwoViews):
   ) -> tuple[jax.Array, LossOut]:
     """One batch: views, embed all, draw them together and their distribution to a Gaussian."""
     view_key, slice_key = jax.random.split(key)
-    z = self.embed(params, self.draw_views(view_key, batch))  # [v b e]
+    z, carry = self.embed(params, carry, self.draw_views(view_key, batch))  # [v b e]
     how = CONVENTIONS[self.convention]
     together = invariance(z, convention=how, global_views=self.global_views)
     directions = draw_directions(slice_key, width=z.shape[-1], count=self.slices)
@@ -113,18 +113,19 @@ class LeJEPA(TwoViews):
     metrics = {"loss/invariance": together, "loss/sigreg": statistic}
     return loss, LossOut(carry, {**metrics, "train/embedding_std": z[0].std(0).mean()})
 
-  def embed(self, params: Params, views: tuple[jax.Array, ...]) -> jax.Array:
+  def embed(
+    self, params: Params, carry: Carry, views: tuple[jax.Array, ...]
+  ) -> tuple[jax.Array, Carry]:
     """All views, f32[v b e]: those of one size in one pass, BatchNorm over all samples of all."""
     pooled = []
     for _, same in itertools.groupby(views, key=jnp.shape):
       images = jnp.stack(list(same), 1)  # [b v h w c], so that rows stay on their device
-      tokens = self.encoder.apply(
-        {"params": params["encoder"]}, rearrange(images, "b v h w c -> (b v) h w c")
-      )
+      rows = rearrange(images, "b v h w c -> (b v) h w c")
+      tokens, carry = self.tokens(params, carry, rows)
       pooled.append(rearrange(self.pooled(tokens), "(b v) d -> b v d", v=images.shape[1]))
     pooled = rearrange(jnp.concatenate(pooled, 1), "b v d -> (b v) d")
     z = self.projector.apply({"params": params["projector"]}, pooled)
-    return rearrange(z, "(b v) e -> v b e", v=len(views))
+    return rearrange(z, "(b v) e -> v b e", v=len(views)), carry
 
 
 def build(
@@ -146,7 +147,7 @@ def build(
 
   Args:
     run: normalisation and compute dtype.
-    encoder: arguments of `models.vit.vit`.
+    encoder: arguments of `models.vit.vit`, `resnet` or `convnext`.
     views: fields of `data.augment.Augment` but mean and std, of the global views.
     local: what differs in the local views: their size, their crop_scale.
     global_views: how many; at 0 local views, all there are.

@@ -18,8 +18,9 @@ from jepax.core import Batch, Carry, Features, LossOut, Params, sample_keys
 from jepax.data.augment import Augment
 from jepax.masks.random import Random
 from jepax.masks.tokens import Masks, TokenSet, gather
+from jepax.methods.masking import build_vit
 from jepax.models.decoder import PixelDecoder
-from jepax.models.vit import patchify, vit
+from jepax.models.vit import patchify
 
 
 def patch_targets(patches: jax.Array, *, normalize: bool) -> jax.Array:
@@ -132,11 +133,9 @@ def build(
   Raises:
     ValueError: an unknown key, or a value that can't work.
   """
-  network = construct(
-    vit,
+  network = build_vit(
+    run,
     {"init_name": "xavier", **encoder},
-    where="method.encoder",
-    dtype=run.dtype,
     class_token=True,
     registers=0,  # the decoder takes the class token and patches alone
     mask_token=False,

@@ -22,6 +22,7 @@ from jepax.methods.two_views import (
   check_momentum,
   spread,
 )
+from jepax.models.vit import ViT
 from jepax.optim import cosine
 
 
@@ -46,19 +47,17 @@ class MoCoV3(WithTarget):
       return params, carry
     encoder, target = dict(params["encoder"]), dict(carry["target"]["encoder"])
     frozen, _ = encoder.pop("embed"), target.pop("embed")
-    carry = {"target": {**carry["target"], "encoder": target}, "embed": frozen}
+    carry = {**carry, "target": {**carry["target"], "encoder": target}, "embed": frozen}
     return {**params, "encoder": encoder}, carry
 
   def loss(
     self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, LossOut]:
     """One batch: each view's query finds its key among those of the other view."""
-    x, y = self.draw_views(key, batch)
-    fixed = jax.lax.stop_gradient(carry)
-    online = {**params, "encoder": self.weights(params, fixed, branch="online")}
-    target = {**fixed["target"], "encoder": self.weights(params, fixed, branch="target")}
-    query_x, query_y = (self.predict(params, self.project(online, view)) for view in (x, y))
-    key_x, key_y = (self.project(target, view) for view in (x, y))  # [b e]
+    views, carry = self.draw_views(key, batch), jax.lax.stop_gradient(carry)
+    queries, carry = self.project(params, carry, views)
+    (key_x, key_y), carry = self.project(params, carry, views, branch="target")  # [b e]
+    query_x, query_y = (self.predict(params, z) for z in queries)
     tau = self.temperature
     loss = losses.info_nce(query_x, key_y, temperature=tau)
     loss = 2 * tau * (loss + losses.info_nce(query_y, key_x, temperature=tau))
@@ -95,7 +94,8 @@ def build(
 
   Args:
     run: normalisation, steps and compute dtype.
-    encoder: arguments of `models.vit.vit`; the paper's ViTs have a class token.
+    encoder: arguments of `models.vit.vit`, `resnet` or `convnext`; the paper's ViTs have a class
+      token.
     views: fields of `data.augment.Augment` but mean and std.
     second: what differs in the second view.
     projector: hidden and output widths.
@@ -109,8 +109,14 @@ def build(
   """
   check_momentum(momentum)
   head = dict(bias=False, out_norm="plain")
+  network = build_encoder(run, encoder)
+  if frozen_patches and not isinstance(network, ViT):
+    raise ValueError(
+      f"method.frozen_patches is for a ViT, and {encoder['variant']!r} embeds no patches: set it "
+      "to False"
+    )
   return MoCoV3(
-    encoder=build_encoder(run, encoder),
+    encoder=network,
     projector=build_head(run, projector, where="method.projector", **head),
     predictor=build_head(run, (predictor, projector[-1]), where="method.predictor", **head),
     views=build_views(run, views, second),

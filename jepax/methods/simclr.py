@@ -60,7 +60,7 @@ class SimCLR(TwoViews):
     self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, LossOut]:
     """One batch: two views, encode and project each, contrast."""
-    x, y = (self.project(params, view) for view in self.draw_views(key, batch))  # [b e]
+    (x, y), carry = self.project(params, carry, self.draw_views(key, batch))  # [b e]
     metrics = {"train/alignment": losses.cosine(x, y).mean(), "train/spread": spread(x)}
     return nt_xent(x, y, temperature=self.temperature), LossOut(carry, metrics)
 
@@ -78,7 +78,7 @@ def build(
 
   Args:
     run: normalisation and compute dtype.
-    encoder: arguments of `models.vit.vit`.
+    encoder: arguments of `models.vit.vit`, `resnet` or `convnext`.
     views: fields of `data.augment.Augment` but mean and std.
     second: what differs in the second view.
     projector: hidden and output widths.

@@ -25,7 +25,7 @@ class SimSiam(Predicting):
     self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, LossOut]:
     """One batch: each view's prediction points where the other view does."""
-    x, y = (self.project(params, view) for view in self.draw_views(key, batch))  # [b e]
+    (x, y), carry = self.project(params, carry, self.draw_views(key, batch))  # [b e]
     towards_y = losses.cosine(self.predict(params, x), jax.lax.stop_gradient(y)).mean()
     towards_x = losses.cosine(self.predict(params, y), jax.lax.stop_gradient(x)).mean()
     metrics = {"train/alignment": losses.cosine(x, y).mean(), "train/spread": spread(x)}
@@ -45,7 +45,7 @@ def build(
 
   Args:
     run: normalisation and compute dtype.
-    encoder: arguments of `models.vit.vit`.
+    encoder: arguments of `models.vit.vit`, `resnet` or `convnext`.
     views: fields of `data.augment.Augment` but mean and std.
     second: what differs in the second view.
     projector: hidden and output widths.

@@ -21,15 +21,18 @@ from jepax.config import Run, construct
 from jepax.core import Batch, Carry, Features, Params, ema, sample_keys
 from jepax.data.augment import Augment
 from jepax.data.views import MultiCrop
+from jepax.models import encoder as encoders
+from jepax.models.convnext import convnext
 from jepax.models.heads import MLP
-from jepax.models.vit import ViT, vit
+from jepax.models.vit import vit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoViews:
   """All of a `jepax.core.Method` but its loss.
 
-  encoder: a ViT; pooled is its class token, or without one the mean of its patches.
+  encoder: pooled is its class token, or without one the mean of its patches. Running statistics,
+  where it has any, are carried, a set a branch; every view it trains on moves them.
   projector: [b d] -> [b e], with statistics of the batch it is given.
   views: device-side augmentation, two views of every image.
   """
@@ -42,13 +45,19 @@ class TwoViews:
   couples_batch: ClassVar[bool] = True
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:
-    """Encoder and projector parameters; nothing is carried."""
+    """Encoder and projector parameters; nothing is carried but running statistics."""
+    return self.init_networks(key, batch)[:2]
+
+  def init_networks(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry, jax.Array]:
+    """What `init` returns, and a projection f32[b e]."""
     encoder_key, projector_key = jax.random.split(key)
     images = self.views.clean(batch["image"])
-    encoder = self.encoder.init(encoder_key, images)["params"]
-    pooled = self.pooled(self.encoder.apply({"params": encoder}, images))
-    projector = self.projector.init(projector_key, pooled)["params"]
-    return {"encoder": encoder, "projector": projector}, {}
+    weights = encoders.init(self.encoder, encoder_key, images)
+    pooled = self.pooled(encoders.apply(self.encoder, weights, images))
+    z, projector = self.projector.init_with_output(projector_key, pooled)
+    encoder, statistics = encoders.split(weights)
+    carry = {"statistics": {"online": statistics}} if statistics else {}
+    return {"encoder": encoder, "projector": projector["params"]}, carry, z
 
   def draw_views(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
     """Every view of every image, f32[b h w c] each, from the step's key."""
@@ -66,23 +75,48 @@ class TwoViews:
     """[b n d] -> [b d]."""
     return tokens[:, 0] if self.pool == "class" else tokens.mean(1)
 
-  def project(self, params: Params, images: jax.Array) -> jax.Array:
-    """One view, f32[b h w c] -> f32[b e]; a call of its own for each, whose statistics it has."""
-    tokens = self.encoder.apply({"params": params["encoder"]}, images)
-    return self.projector.apply({"params": params["projector"]}, self.pooled(tokens))
+  def tokens(
+    self, params: Params, carry: Carry, images: jax.Array, *, branch: str = "online"
+  ) -> tuple[jax.Array, Carry]:
+    """f32[b h w c] -> [b n d] in training, and the carry with the statistics they moved."""
+    weights = self.weights(params, carry, branch=branch)
+    tokens, statistics = encoders.train(self.encoder, weights, images)
+    if not statistics:
+      return tokens, carry
+    return tokens, {**carry, "statistics": {**carry["statistics"], branch: statistics}}
+
+  def project(
+    self, params: Params, carry: Carry, views: Sequence[jax.Array], *, branch: str = "online"
+  ) -> tuple[list[jax.Array], Carry]:
+    """Each view, f32[b h w c] -> f32[b e], and the carry with what they moved.
+
+    Every view has a pass of its own, whose statistics it has; running ones move in their order.
+    """
+    z, projector = [], self.networks(params, carry, branch=branch)["projector"]
+    for images in views:
+      tokens, carry = self.tokens(params, carry, images, branch=branch)
+      z.append(self.projector.apply({"params": projector}, self.pooled(tokens)))
+    return z, carry
 
   def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:
     """Nothing persists beside the parameters."""
     return carry
 
+  def networks(self, params: Params, carry: Carry, *, branch: str) -> Params:
+    """The parameters of a branch's encoder and projector, under these names."""
+    return params
+
   def weights(self, params: Params, carry: Carry, *, branch: str) -> Params:
-    """The encoder's parameters."""
-    return params["encoder"]
+    """The encoder's parameters, with its running statistics where it has any."""
+    encoder = self.networks(params, carry, branch=branch)["encoder"]
+    if "statistics" not in carry:
+      return encoder
+    return encoders.join(encoder, carry["statistics"][branch])
 
   def encode(self, params: Params, carry: Carry, batch: Batch, *, branch: str) -> Features:
     """The encoder's patch tokens and pooled feature, before the projector."""
     weights = self.weights(params, carry, branch=branch)
-    tokens = self.encoder.apply({"params": weights}, self.views.clean(batch["image"]))
+    tokens = encoders.apply(self.encoder, weights, self.views.clean(batch["image"]))
     return Features(tokens[:, self.encoder.prefix :], self.pooled(tokens))
 
 
@@ -95,8 +129,7 @@ class Predicting(TwoViews):
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:
     """Encoder, projector and predictor parameters."""
     key, predictor_key = jax.random.split(key)
-    params, carry = super().init(key, batch)
-    z = self.project(params, self.views.clean(batch["image"]))
+    params, carry, z = self.init_networks(key, batch)
     return {**params, "predictor": self.predictor.init(predictor_key, z)["params"]}, carry
 
   def predict(self, params: Params, z: jax.Array) -> jax.Array:
@@ -106,7 +139,11 @@ class Predicting(TwoViews):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WithTarget(Predicting):
-  """What is predicted comes from an EMA copy. momentum: step -> of the copy."""
+  """What is predicted comes from an EMA copy. momentum: step -> of the copy.
+
+  Running statistics are not averaged: the copy has its own, from its own passes in training mode,
+  as in the released codes of BYOL and MoCo v3.
+  """
 
   momentum: Callable[[jax.Array], jax.Array]
 
@@ -116,16 +153,20 @@ class WithTarget(Predicting):
     """The target starts as a copy of encoder and projector."""
     params, carry = super().init(key, batch)
     target = {name: params[name] for name in ("encoder", "projector")}
-    return params, {**carry, "target": jax.tree.map(lambda x: x.copy(), target)}
+    carry = {**carry, "target": jax.tree.map(lambda x: x.copy(), target)}
+    if "statistics" in carry:
+      own = jax.tree.map(lambda x: x.copy(), carry["statistics"]["online"])
+      carry["statistics"] = {**carry["statistics"], "target": own}
+    return params, carry
 
   def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:
     """Moves the target towards encoder and projector, after the optimizer step."""
     online = {name: params[name] for name in carry["target"]}
     return {**carry, "target": ema(carry["target"], online, self.momentum(step))}
 
-  def weights(self, params: Params, carry: Carry, *, branch: str) -> Params:
+  def networks(self, params: Params, carry: Carry, *, branch: str) -> Params:
     """The parameters being trained, or the EMA target's."""
-    return {"online": params, "target": carry["target"]}[branch]["encoder"]
+    return params if branch == "online" else carry[branch]
 
 
 def spread(z: jax.Array) -> jax.Array:
@@ -138,10 +179,17 @@ def spread(z: jax.Array) -> jax.Array:
   return z.std(0).mean() * z.shape[-1] ** 0.5
 
 
-def build_encoder(run: Run, encoder: Mapping[str, Any]) -> ViT:
-  """The encoder of a config's section `method.encoder`, arguments of `models.vit.vit`."""
-  fixed = dict(registers=0, mask_token=False, drop_path=0.0)
-  return construct(vit, encoder, where="method.encoder", dtype=run.dtype, **fixed)
+def build_encoder(run: Run, encoder: Mapping[str, Any]) -> nn.Module:
+  """The encoder of a config's section `method.encoder`.
+
+  Its `variant` says which: arguments of `models.vit.vit`, `models.resnet.resnet` or
+  `models.convnext.convnext`.
+  """
+  make, fixed = vit, dict(registers=0, mask_token=False, drop_path=0.0)
+  if "variant" in encoder and encoder["variant"] in encoders.CONVOLUTIONAL:
+    make = encoders.CONVOLUTIONAL[encoder["variant"]]
+    fixed = {"drop_path": 0.0} if make is convnext else {}
+  return construct(make, encoder, where="method.encoder", dtype=run.dtype, **fixed)
 
 
 def build_head(run: Run, widths: Sequence[int], *, where: str, **fields: Any) -> MLP:

@@ -34,7 +34,7 @@ class VICReg(TwoViews):
     self, params: Params, carry: Carry, batch: Batch, key: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, LossOut]:
     """One batch: two views, encode and expand each, three terms."""
-    x, y = (self.project(params, view) for view in self.draw_views(key, batch))  # [b e]
+    (x, y), carry = self.project(params, carry, self.draw_views(key, batch))  # [b e]
     invariance = losses.squared(x, y).mean()
     variance = (losses.variance_hinge(x) + losses.variance_hinge(y)) / 2
     covariance = losses.covariance_penalty(x) + losses.covariance_penalty(y)
@@ -63,7 +63,7 @@ def build(
 
   Args:
     run: normalisation and compute dtype.
-    encoder: arguments of `models.vit.vit`.
+    encoder: arguments of `models.vit.vit`, `resnet` or `convnext`.
     views: fields of `data.augment.Augment` but mean and std.
     second: what differs in the second view.
     expander: hidden and output widths.

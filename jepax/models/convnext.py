@@ -105,7 +105,13 @@ class ConvNeXt(nn.Module, kw_only=True):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    """f32[b h w c], normalised, h and w multiples of `patch` -> f32[b n d], n cells in raster order.
+    """Encodes images.
+
+    Args:
+      images: f32[b h w c], normalised; h and w are multiples of `patch`.
+
+    Returns:
+      f32[b n d], the n cells in raster order.
 
     Raises:
       ValueError: another size.

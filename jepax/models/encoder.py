@@ -1,4 +1,4 @@
-"""What all encoders share: how they are named, applied and trained.
+"""What all encoders share: how they are applied, trained and, but for ViTs, named.
 
 An encoder is a module images f32[b h w c] -> tokens f32[b p+n d] with `width` d, `patch` (pixels a
 side of one of its n tokens), `class_token`, and `prefix` p, the tokens before the patches:
@@ -20,10 +20,10 @@ from jepax.models.convnext import VARIANTS as CONVNEXTS
 from jepax.models.convnext import convnext
 from jepax.models.resnet import VARIANTS as RESNETS
 from jepax.models.resnet import resnet
-from jepax.models.vit import vit
 
 Tree = dict[str, Any]
 
+# Variants that are no ViT's, and what makes them.
 CONVOLUTIONAL: dict[str, Callable[..., nn.Module]] = {
   **dict.fromkeys(RESNETS, resnet),
   **dict.fromkeys(CONVNEXTS, convnext),
@@ -31,26 +31,23 @@ CONVOLUTIONAL: dict[str, Callable[..., nn.Module]] = {
 STATISTICS = "statistics"
 
 
-def constructor(variant: str) -> Callable[..., nn.Module]:
-  """What makes an encoder of this name: `resnet`, `convnext`, or for all other names `vit`."""
-  return CONVOLUTIONAL[variant] if variant in CONVOLUTIONAL else vit
-
-
 def init(module: nn.Module, key: jax.Array, images: jax.Array) -> Tree:
   """Weights at random initialisation; running statistics start at mean 0 and variance 1."""
   variables = module.init(key, images)
-  return join(variables["params"], variables["batch_stats"] if "batch_stats" in variables else {})
+  if "batch_stats" not in variables:
+    return variables["params"]
+  return join(variables["params"], variables["batch_stats"])
 
 
 def join(params: Tree, statistics: Tree) -> Tree:
-  """The weights of these parameters and, unless there are none, running statistics."""
-  return {**params, STATISTICS: statistics} if statistics else params
+  """The weights of these parameters and running statistics."""
+  return {**params, STATISTICS: statistics}
 
 
 def split(weights: Tree) -> tuple[Tree, Tree]:
-  """The reverse of `join`."""
-  params = {name: x for name, x in weights.items() if name != STATISTICS}
-  return params, weights[STATISTICS] if STATISTICS in weights else {}
+  """The reverse of `join`; statistics are {} where there are none."""
+  params = dict(weights)
+  return params, params.pop(STATISTICS, {})
 
 
 def apply(module: nn.Module, weights: Tree, images: jax.Array, **arguments: Any) -> jax.Array:

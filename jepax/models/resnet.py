@@ -18,7 +18,7 @@ VARIANTS = {
   "resnet18": (512, (2, 2, 2, 2), False),
   "resnet50": (2048, (3, 4, 6, 3), True),
 }
-STEMS = {"imagenet": 32, "cifar": 8}  # and the pixels a side that one cell of the last map stands for
+STEMS = {"imagenet": 32, "cifar": 8}  # name: pixels a side of a cell of the last map
 MOMENTUM = 0.1  # share of the newest batch in the running statistics: torch's word for it
 EPSILON = 1e-5
 
@@ -157,7 +157,13 @@ class ResNet(nn.Module, kw_only=True):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    """f32[b h w c], normalised, h and w multiples of `patch` -> f32[b n d], n cells in raster order.
+    """Encodes images.
+
+    Args:
+      images: f32[b h w c], normalised; h and w are multiples of `patch`.
+
+    Returns:
+      f32[b n d], the n cells in raster order.
 
     Raises:
       ValueError: another size.
@@ -186,8 +192,8 @@ def check_size(images: jax.Array, *, patch: int) -> None:
   _, h, w, _ = images.shape
   if h % patch or w % patch or not h * w:
     raise ValueError(
-      f"images of {h}x{w} pixels do not divide into cells of {patch}, for which this encoder's last "
-      "map stands; choose data.size (and the sizes of views) so, or a stem for small images"
+      f"images of {h}x{w} pixels do not divide into cells of {patch}, which this encoder's strides "
+      "make; choose another data.size (and sizes of views), or a stem for small images"
     )
 
 

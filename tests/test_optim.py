@@ -165,6 +165,33 @@ def test_lars_under_a_changing_rate():
       np.testing.assert_allclose(found[path][i], expected, atol=2e-6, rtol=2e-6, err_msg=path)
 
 
+def test_sgd_is_torchs():
+  """Decay joins the gradient, of every parameter, before the momentum; the rate comes last."""
+  rates = dict(lr=0.1, start_lr=0.02, final_lr=1e-4)  # 100 times those of `reference_lr`
+  found = trained(optim.build(section(name="sgd", **rates), steps=STEPS, warmup=WARMUP), 6)
+  grads = [flat(gradients(k)) for k in range(6)]
+  for path, p in flat(params()).items():
+    velocity = np.zeros_like(p)
+    for k, g in enumerate(grads):
+      velocity = 0.9 * velocity + g[path] + reference_decay(k + 1) * p
+      p = p - 100 * reference_lr(k + 1) * velocity
+    # Moves of 0.1, in float32 on values of order 1.
+    np.testing.assert_allclose(found[path], p, atol=2e-6, rtol=2e-6, err_msg=path)
+
+
+def test_bias_scale_is_of_biases_and_norms_alone():
+  settings = dict(name="lars", weight_decay=0.0, final_weight_decay=0.0)
+  plain, scaled = (
+    trained(optim.build(section(bias_scale=share, **settings), steps=4, warmup=0), 1)
+    for share in (1.0, 0.25)
+  )
+  for path, start in flat(params()).items():
+    share = 1.0 if path in DECAYED else 0.25
+    np.testing.assert_allclose(
+      scaled[path] - start, share * (plain[path] - start), atol=3e-7, rtol=1e-5
+    )  # differences of float32 values of order 1
+
+
 def test_trust_ratio_passes_what_it_cannot_scale():
   tx = optim.trust_ratio(0.1)
   tree = {
@@ -199,7 +226,7 @@ def test_clip_is_of_the_global_norm():
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"name": "adam"}, r"optim.name='adam' is unknown; did you mean 'adamw'.*\['adamw', 'lars'\]"),
+    ({"name": "adam"}, r"optim.name='adam' is unknown; did you mean 'adamw'.*\['adamw', .*'sgd'\]"),
     ({"lr": -1.0}, r"optim.lr=-1.0 must not be negative"),
     ({"lr": float("nan")}, r"optim.lr=nan must not be negative"),
     ({"final_weight_decay": -0.1}, r"optim.final_weight_decay"),

@@ -1,4 +1,4 @@
-"""lightly's losses, importable also where torchvision was built for another torch than there is.
+"""lightly and torchvision, importable also where the latter was built for another torch.
 
 Such a torchvision (a CUDA wheel beside a torch for CPU) can't load its operators, and its import
 stops at two of them. Nothing compared here calls an operator, so their names are enough.
@@ -13,14 +13,21 @@ import torch
 _SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
-def load():
-  """The modules lightly.loss, lightly.loss.swav_loss and lightly.models.modules.heads."""
+def vision():
+  """The module torchvision."""
   try:
-    import torchvision  # noqa: F401
+    import torchvision
   except RuntimeError:
     names = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
       names.define(operator + _SIGNATURE)
+    import torchvision
+  return torchvision
+
+
+def load():
+  """The modules lightly.loss, lightly.loss.swav_loss and lightly.models.modules.heads."""
+  vision()
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its dependencies
     from lightly import loss

@@ -120,11 +120,10 @@ class Encoder:
     return tuple(kind for kind in KINDS if kind not in lacking or not lacking[kind])
 
   def check_blocks(self, what: str) -> None:
-    """Raises ValueError where the encoder is no transformer, and so can't do `what`."""
+    """Raises ValueError where the encoder is no transformer, which `what` takes."""
     if not isinstance(self.module, ViT):
-      raise ValueError(
-        f"this encoder is a {type(self.module).__name__}, and {what} need the blocks of a ViT"
-      )
+      kind = type(self.module).__name__
+      raise ValueError(f"for {what} an encoder needs the blocks of a ViT, and this is a {kind}")
 
   @property
   def grid(self) -> tuple[int, int]:

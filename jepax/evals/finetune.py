@@ -199,7 +199,8 @@ def fit(
     The FineTuned after the last epoch: nothing is chosen on any data.
 
   Raises:
-    ValueError: images of another size, labels out of range, a batch larger than the data.
+    ValueError: images of another size, labels out of range, a batch larger than the data, or a
+      convolutional encoder.
   """
   _check_images(encoder.preprocess, images)
   if protocol.batch_size > len(images):
@@ -243,7 +244,7 @@ def accuracy(tuned: FineTuned, images: np.ndarray, labels: np.ndarray, *, batch_
 
 def classifier(encoder: Encoder, *, num_classes: int, protocol: FineTune) -> Classifier:
   """The module that is trained: the encoder with the protocol's drop path, norm and head."""
-  encoder.check_blocks("drop path and the rates of its layers in fine-tuning")
+  encoder.check_blocks("fine-tuning")
   module = encoder.module.clone(
     drop_path=protocol.drop_path, final_norm=not protocol.fc_norm, parent=None
   )

@@ -27,8 +27,8 @@ from jepax.sharding import global_batch, make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-RESNET = dict(variant="resnet18", stem="cifar", width=16, depths=(1, 1, 1, 1))
-CONVNEXT = dict(variant="convnext_tiny", stem=1, width=16, depths=(1, 1, 1, 1))
+RESNET = dict(variant="resnet18", stem="cifar", width=16, depths=(1, 1))
+CONVNEXT = dict(variant="convnext_tiny", stem=1, width=16, depths=(1, 1))
 STEPS, HALF = 4, 2
 
 init, apply, train = (
@@ -92,7 +92,7 @@ def test_half_precision_keeps_parameters_and_statistics_whole(module):
 
 
 def test_zero_init_starts_every_block_as_its_skip():
-  module = resnet("resnet50", width=32, depths=(1, 2, 1, 1), stem="cifar", zero_init=True)
+  module = resnet("resnet50", width=16, depths=(1, 2), stem="cifar", zero_init=True)
   weights = init(module, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
   zero = [path for path, x in leaves(weights).items() if path.endswith("['scale']") and not x.any()]
   assert len(zero) == sum(module.depths) and all("['bn3']" in path for path in zero)
@@ -207,8 +207,8 @@ def test_every_method_with_whole_views_takes_them(name):
     ("moco_v3", RESNET, {}, "frozen_patches is for a ViT.*set it to False"),
     ("simclr", {**RESNET, "class_token": True}, {}, "encoder.class_token is unknown"),
     ("simclr", {**RESNET, "stem": "small"}, {}, "stem='small' is unknown.*'cifar'"),
-    ("simclr", {**RESNET, "width": 12}, {}, "width=12 must be a positive multiple of 8"),
-    ("simclr", {**RESNET, "depths": (1, 1)}, {}, "the blocks of four stages"),
+    ("simclr", {**RESNET, "width": 15}, {}, "width=15 must be a positive multiple of 2"),
+    ("simclr", {**RESNET, "depths": (1, 0)}, {}, "the blocks of each stage"),
     ("simclr", {**CONVNEXT, "drop_path": 0.5}, {}, "drop_path is decided by the run"),
   ],
 )
@@ -219,7 +219,7 @@ def test_combinations_that_cannot_be(name, encoder, changes, message):
 
 def test_images_that_do_not_divide_into_cells():
   with pytest.raises(ValueError, match="16x16 pixels do not divide into cells of 32"):
-    prepare(config(encoder={**RESNET, "stem": "imagenet"}), data=tiny.data())
+    prepare(config(encoder=dict(variant="resnet18")), data=tiny.data())
 
 
 def test_layer_decay_is_for_transformers():
@@ -298,7 +298,7 @@ def test_eight_devices_equal_one(finished, eight):
 def test_frozen_encoder(finished, eight):
   workdir, images = finished[0], tiny.images(8, seed=3)
   encoder = pretrained.load(workdir)
-  assert (encoder.grid, encoder.pool, encoder.module.width) == ((2, 2), "mean", 16)
+  assert (encoder.grid, encoder.pool, encoder.module.width) == ((8, 8), "mean", 16)
   features = encoder(images)
   wanted = eight.encoders(saved(workdir, eight.abstract_state, STEPS))["online"](images)
   chex.assert_trees_all_close(features, wanted, rtol=1e-5, atol=1e-6)  # other devices, same sums
@@ -310,7 +310,7 @@ def test_frozen_encoder(finished, eight):
   assert jax.tree.structure(control.params) == jax.tree.structure(encoder.params)
   assert not control.params["statistics"]["bn"]["mean"].any()
   larger = pretrained.load(workdir, size=24)  # there are no positions to resize
-  assert larger.grid == (3, 3) and larger(images).tokens.shape == (8, 9, 16)
+  assert larger.grid == (12, 12) and larger(images).tokens.shape == (8, 144, 16)
 
 
 def test_a_jepax_folder_holds_the_statistics(finished, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from jepax.models.resnet import check_size
+from jepax.models.resnet import check_size, check_stages
 from jepax.names import one_of
 from jepax.sharding import constrain
 
@@ -66,13 +66,13 @@ class ConvNeXt(nn.Module, kw_only=True):
   The norm that the reference puts after that mean belongs to its classifier.
 
   width: d, channels of the last map; each stage before has half of the next.
-  depths: blocks of each of the four stages. stem: pixels a side of the first patches, 4, or for
-  small images 2 or 1. layer_scale: see `Block`. drop_path: rate of the last block, growing linearly
+  depths: blocks of each stage. stem: pixels a side of the first patches, 4, or for small images 2
+  or 1. layer_scale: see `Block`. drop_path: rate of the last block, growing linearly
   from 0 at the first. dtype: of convolutions, linear layers and norms' outputs; parameters and the
   residual stream are float32.
 
   Raises:
-    ValueError: other than four stages, sizes below 1, or a width that they don't divide.
+    ValueError: a stage without blocks, sizes below 1, or a width that the stages don't divide.
   """
 
   width: int
@@ -88,12 +88,9 @@ class ConvNeXt(nn.Module, kw_only=True):
   grid = None
 
   def __post_init__(self):
-    if len(self.depths) != 4 or min(self.depths) < 1:
-      raise ValueError(f"depths={self.depths} must be the blocks of four stages, 1 or more each")
-    if self.width < 1 or self.width % 8 or self.stem < 1:
-      raise ValueError(
-        f"width={self.width} must be a positive multiple of 8, and stem={self.stem} at least 1"
-      )
+    check_stages(self.depths, width=self.width, shrink=2 ** (len(self.depths) - 1))
+    if self.stem < 1:
+      raise ValueError(f"stem={self.stem} must be at least 1")
     if not 0 <= self.drop_path < 1:
       raise ValueError(f"drop_path must lie in [0, 1), found {self.drop_path}")
     super().__post_init__()
@@ -101,7 +98,7 @@ class ConvNeXt(nn.Module, kw_only=True):
   @property
   def patch(self) -> int:
     """Pixels a side that one cell of the last map stands for."""
-    return 8 * self.stem
+    return self.stem * 2 ** (len(self.depths) - 1)
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -120,7 +117,7 @@ class ConvNeXt(nn.Module, kw_only=True):
     rates = iter(np.linspace(0, self.drop_path, sum(self.depths)).tolist())
     x = images
     for stage, depth in enumerate(self.depths):
-      width = self.width >> (3 - stage)
+      width = self.width >> (len(self.depths) - 1 - stage)
       if stage:
         x = layer_norm(self.dtype, name=f"stage{stage}_norm")(x)
       x = patches(self, width, 2 if stage else self.stem, name=f"stage{stage}_down")(x)

@@ -18,7 +18,7 @@ VARIANTS = {
   "resnet18": (512, (2, 2, 2, 2), False),
   "resnet50": (2048, (3, 4, 6, 3), True),
 }
-STEMS = {"imagenet": 32, "cifar": 8}  # name: pixels a side of a cell of the last map
+STEMS = {"imagenet": 4, "cifar": 1}  # name: stride
 MOMENTUM = 0.1  # share of the newest batch in the running statistics: torch's word for it
 EPSILON = 1e-5
 
@@ -116,13 +116,13 @@ class ResNet(nn.Module, kw_only=True):
   Its statistics are the collection 'batch_stats', see `BatchNorm`.
 
   width: d, channels of the last map; each stage before has half of the next.
-  depths: blocks of each of the four stages. bottleneck: which blocks, see `Block`.
+  depths: blocks of each stage. bottleneck: which blocks, see `Block`.
   stem: 'imagenet', 7x7 with stride 2 and max-pooling, or for small images 'cifar', 3x3 alone.
   zero_init: every block starts as its skip (arXiv 1706.02677).
   dtype: of convolutions and activations; parameters and statistics are float32.
 
   Raises:
-    ValueError: an unknown stem, other than four stages, or a width that they don't divide.
+    ValueError: an unknown stem, a stage without blocks, or a width that the stages don't divide.
   """
 
   width: int
@@ -139,21 +139,18 @@ class ResNet(nn.Module, kw_only=True):
 
   def __post_init__(self):
     one_of(self.stem, STEMS, where="stem")
-    if len(self.depths) != 4 or min(self.depths) < 1:
-      raise ValueError(f"depths={self.depths} must be the blocks of four stages, 1 or more each")
-    if self.width < 1 or self.width % self._shrink:
-      raise ValueError(f"width={self.width} must be a positive multiple of {self._shrink}")
+    check_stages(self.depths, width=self.width, shrink=self._shrink)
     super().__post_init__()
 
   @property
   def patch(self) -> int:
     """Pixels a side that one cell of the last map stands for."""
-    return STEMS[self.stem]
+    return STEMS[self.stem] * 2 ** (len(self.depths) - 1)
 
   @property
   def _shrink(self) -> int:
     """Channels of the last map for one of the stem."""
-    return 32 if self.bottleneck else 8
+    return (4 if self.bottleneck else 1) * 2 ** (len(self.depths) - 1)
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -177,7 +174,7 @@ class ResNet(nn.Module, kw_only=True):
     for stage, depth in enumerate(self.depths):
       for i in range(depth):
         x = Block(
-          width=self.width >> (3 - stage),
+          width=self.width >> (len(self.depths) - 1 - stage),
           stride=2 if stage and not i else 1,
           bottleneck=self.bottleneck,
           zero_init=self.zero_init,
@@ -185,6 +182,14 @@ class ResNet(nn.Module, kw_only=True):
           name=f"stage{stage}_block{i}",
         )(x)
     return rearrange(x, "b h w d -> b (h w) d").astype(jnp.float32)
+
+
+def check_stages(depths: tuple[int, ...], *, width: int, shrink: int) -> None:
+  """Raises ValueError unless every stage has blocks, and `shrink` divides the width."""
+  if not depths or min(depths) < 1:
+    raise ValueError(f"depths={depths} must be the blocks of each stage, 1 or more")
+  if width < 1 or width % shrink:
+    raise ValueError(f"width={width} must be a positive multiple of {shrink}")
 
 
 def check_size(images: jax.Array, *, patch: int) -> None:

@@ -23,7 +23,7 @@ def fashion_mnist(arg, **method):
 
 
 def imagenet(**method):
-  """ImageNet-1k in TFDS for a ViT with two views; the caller sets total, batch_size and optim.
+  """ImageNet-1k in TFDS with two views; the caller sets total, batch_size and optim.
 
   The host decodes and takes the centre square; all views are cut from it on the device.
 
@@ -56,14 +56,22 @@ def imagenet(**method):
   return c
 
 
-def smoke(c):
-  """A form of seconds on a CPU, offline, on the recipe's own grid of patches."""
-  grid = c.data.size // c.method.encoder.patch
+def smoke(c, *, cell=None):
+  """A form of seconds on a CPU, offline, on the recipe's own grid of patches.
+
+  Args:
+    c: the recipe.
+    cell: pixels a side of a cell of the last map, for a ResNet.
+  """
+  grid = c.data.size // (cell or c.method.encoder.patch)
   c.total = "4 steps"
   c.batch_size = 16
   c.data.update(source="embedded", train_split="train", eval_split="test", size=2 * grid, threads=2)
-  c.method.encoder.update(patch=2, width=32, depth=2, heads=2, mlp_width=64)
-  c.method.projector = (32, 32)
+  if cell:
+    c.method.encoder.update(stem="cifar", width=16, depths=(1, 1))
+  else:
+    c.method.encoder.update(patch=2, width=32, depth=2, heads=2, mlp_width=64)
+  c.method["expander" if "expander" in c.method else "projector"] = (32, 32)
   if "predictor" in c.method:
     c.method.predictor = 32
   if "local" in c.method:

@@ -43,6 +43,7 @@ ALIKE = {
   "dinov2_vitl": ("dinov2_fashion_mnist",),
   "lejepa_imagenet": ("lejepa_fashion_mnist",),
   "moco_v3_imagenet": ("moco_v3_fashion_mnist",),
+  "imagenette_resnet18": ("cifar10_resnet18",),
 }
 RUN = [name for name in CONFIGS if name not in sum(ALIKE.values(), ())]
 
@@ -79,9 +80,9 @@ def images(config, *, count: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((count, c.size, c.size, c.channels), np.uint8)
 
 
-def patches(config) -> int:
+def patches(experiment: Experiment) -> int:
   """Along a side."""
-  return config.data.size // config.method.encoder.patch
+  return experiment.config.data.size // experiment.method.encoder.patch
 
 
 def millions(params) -> float:
@@ -120,7 +121,7 @@ def test_features_at_full_size(name):
   for branch in method.branches:
     encode = functools.partial(method.encode, branch=branch)
     features = jax.eval_shape(encode, state.params, state.carry, batch)
-    assert features.tokens.shape == (count, patches(c) ** 2, width)
+    assert features.tokens.shape == (count, patches(experiment) ** 2, width)
     assert features.pooled.shape == (count, width)
 
 
@@ -152,10 +153,10 @@ def test_recipe_of_the_released_vith14():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_smoke_is_of_the_same_method_on_the_same_grid(name, one_quick_device):
-  config, full = (config_lib.load(spec(name) + arg) for arg in (":smoke", ""))
-  assert patches(config) == patches(full)  # and so all that the masks do stays real
-  assert config.method.name == full.method.name
-  prepare(config)  # traces the training step
+  smoke = prepare(config_lib.load(spec(name) + ":smoke"))  # traces the training step
+  full = full_size(name)
+  assert patches(smoke) == patches(full)  # and so all that the masks do stays real
+  assert smoke.config.method.name == full.config.method.name
 
 
 @pytest.mark.parametrize("name", RUN)

@@ -33,6 +33,7 @@ from jepax.evals.online import Probe
 from jepax.experiment import Experiment, prepare
 from jepax.lock import local_path, lock
 from jepax.metrics import check_wandb, history_until
+from jepax.models.encoder import split
 
 _PARTS = {"parameters": "params", "carry": "carry", "optimizer": "opt_state"}
 _MEMORY = {"arguments": "argument", "temporaries": "temp", "results": "output", "aliased": "alias"}
@@ -274,8 +275,8 @@ def _fingerprints(experiment: Experiment) -> Callable[[TrainState], dict[str, ja
 
   def parts(state):
     encoders = {
-      f"{branch} encoder": method.weights(state.params, state.carry, branch=branch)
-      for branch in method.branches
+      f"{branch} encoder": split(method.weights(state.params, state.carry, branch=branch))[0]
+      for branch in method.branches  # less running statistics, which move whatever is learned
     }
     trees = {"parameters": state.params, **encoders, "optimizer": state.opt_state}
     return {name: jnp.stack(list(map(bits, _floats(tree)))) for name, tree in trees.items()}

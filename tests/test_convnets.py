@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
+from jepax import config as config_lib
 from jepax import fit, optim, pretrained
 from jepax.checkpoint import Checkpoints
 from jepax.config import Run, build_method
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 RESNET = dict(variant="resnet18", stem="cifar", width=16, depths=(1, 1))
 CONVNEXT = dict(variant="convnext_tiny", stem=1, width=16, depths=(1, 1))
 STEPS, HALF = 4, 2
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 init, apply, train = (
   jax.jit(f, static_argnums=0) for f in (encoders.init, encoders.apply, encoders.train)
@@ -220,6 +223,29 @@ def test_combinations_that_cannot_be(name, encoder, changes, message):
 def test_images_that_do_not_divide_into_cells():
   with pytest.raises(ValueError, match="16x16 pixels do not divide into cells of 32"):
     prepare(config(encoder=dict(variant="resnet18")), data=tiny.data())
+
+
+@pytest.mark.parametrize("encoder", [RESNET, CONVNEXT], ids=["resnet", "convnext"])
+def test_decay_moves_kernels_alone(encoder):
+  built = method("simclr", encoder)
+  batch = {"image": jax.ShapeDtypeStruct((8, 16, 16, 1), jnp.uint8)}
+  params, _ = jax.eval_shape(built.init, jax.random.key(0), batch)
+  assert jax.tree.map(lambda x: len(x.shape) > 1, params) == optim.decayed(params)
+
+
+@pytest.mark.parametrize(
+  "spec",
+  [f"cifar10_resnet18.py:method={m}" for m in ("barlow_twins", "byol", "simclr", "simsiam")]
+  + [f"imagenette_resnet18.py:method={m}" for m in ("barlow_twins", "byol", "simsiam", "vicreg")],
+)
+def test_recipes_of_every_method(spec):
+  """What their defaults alone would not show; shapes are the suite's of all configs."""
+  loaded = config_lib.load(str(CONFIGS / spec))
+  run = Run(size=loaded.data.size, channels=3, mean=loaded.data.mean, std=loaded.data.std, steps=10)
+  built = build_method(loaded.method, run)
+  assert built.encoder.depths == (2, 2, 2, 2)
+  assert loaded.data.size // built.encoder.patch == 4
+  optim.build(loaded.optim, steps=10, warmup=0)
 
 
 def test_layer_decay_is_for_transformers():

@@ -119,7 +119,7 @@ def test_protocols_on_features(encoder, data):
     "views": Views(limit=20, views=3),
   }
   found = suite.evaluate([encoder], data, protocols, split="test", batch_size=32)
-  with pytest.raises(ValueError, match="mae takes class tokens"):
+  with pytest.raises(ValueError, match="mae takes class features"):
     suite.evaluate([encoder], data, {"mae": Grid(recipe="mae", features=("class",))})
   assert list(found["views"]["scores"]) == ["target"], "pixels are not encoded"
   for name in ("linear", "sgd"):
@@ -236,7 +236,7 @@ def test_command_adds_to_its_results_and_refuses_others(encoder, tmp_path, comma
     command(*given, "--evals=knn", "--split=validation", "--data.eval_split=test")
   with pytest.raises(ValueError, match=r"--data.eval_splt is unknown; did you mean 'data.eval_sp"):
     command(*given, "--evals=knn", "--data.eval_splt=x")
-  with pytest.raises(ValueError, match="linear_mae takes class tokens"):
+  with pytest.raises(ValueError, match="linear_mae takes class features"):
     command(*given[:1], f"--out={tmp_path / 'other'}", "--evals=linear_mae")
   run_folder = tmp_path / "a run"
   run_folder.mkdir()

@@ -67,9 +67,11 @@ def evaluate(
   offered = {kind for encoder in encoders for kind in encoder.offered}
   for name, protocol in protocols.items():
     if protocol.kinds and not offered & set(protocol.kinds):
-      raise ValueError(f"{name} takes {protocol.kinds} features, and no encoder here has them")
+      kinds = " or ".join(protocol.kinds)
+      raise ValueError(f"{name} takes {kinds} features, and no encoder here has them")
     if isinstance(protocol, (Attentive, FineTune)):
-      encoders[0].check_blocks(name)
+      for encoder in encoders:
+        encoder.check_blocks(name)
   options = dict(encoders=encoders, seeds=seeds, limit=limit, batch_size=batch_size)
   found = {}
   if own:

@@ -61,13 +61,13 @@ class Method(Protocol):
   """A frozen dataclass of modules, samplers and numbers with a few pure functions.
 
   encoder: whose features count; branches: its sets of weights, the first evaluated first; pool:
-  'mean' or 'class' token, a sample's feature; couples_batch: the loss mixes samples.
+  'mean' or 'class' token; couples_batch: what couples samples, 'statistics', 'negatives' or ''.
   """
 
   encoder: Any
   branches: tuple[str, ...]
   pool: str
-  couples_batch: bool
+  couples_batch: str
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]: ...
 

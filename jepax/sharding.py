@@ -227,6 +227,13 @@ def tensor_parts() -> int:
   return 1 if mesh is None else mesh.shape["tensor"]
 
 
+def platform() -> str:
+  """'cpu', 'tpu', ...: of the mesh that is set, which others may run, or of this machine."""
+  mesh = _mesh()
+  known = mesh is not None and mesh.abstract_device is not None
+  return mesh.abstract_device.platform if known else jax.default_backend()
+
+
 def _mesh() -> AbstractMesh | None:
   """The mesh of `make_mesh` that is set, if any."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -33,7 +33,7 @@ PARAMETERS = {
   "ijepa_vitg16": (1011.1, 29.5),
 }
 
-# What the smoke form of a config differs in from another's are numbers alone: one of them runs.
+# Smoke forms whose method and whose encoder other ones run are traced alone: compiling takes long.
 ALIKE = {
   "ijepa_vitb": tuple(
     f"ijepa_{size}" for size in ("vitti", "vits", "vitl", "vith14", "vith16_448", "vitg16")
@@ -43,6 +43,11 @@ ALIKE = {
   "dinov2_vitl": ("dinov2_fashion_mnist",),
   "lejepa_imagenet": ("lejepa_fashion_mnist",),
   "moco_v3_imagenet": ("moco_v3_fashion_mnist",),
+  "barlow_twins_imagenet": (
+    *(f"{name}_imagenet" for name in ("byol", "simclr", "simsiam", "vicreg")),
+    "barlow_twins_fashion_mnist",
+  ),
+  "cifar10_resnet18": ("imagenette_resnet18",),
   "imagenette_resnet18": ("cifar10_resnet18",),
 }
 RUN = [name for name in CONFIGS if name not in sum(ALIKE.values(), ())]
@@ -174,6 +179,18 @@ def test_smoke_trains_two_steps(name, one_quick_device):
   )
   encode = experiment.encoders(state)[experiment.method.branches[0]]
   assert np.isfinite(encode(batch["image"]).pooled).all()
+
+
+def test_the_table_of_methods_is_that_of_the_methods(monkeypatch):
+  docs = FOLDER.parent / "docs"
+  monkeypatch.syspath_prepend(str(docs))
+  import methods_table
+
+  page = (docs / "which-method.md").read_text()
+  assert methods_table.START + methods_table.table(full_size) + methods_table.END in page
+  assert {full_size(r).config.method.name for r in methods_table.RECIPES.values()} == set(
+    config_lib.methods()
+  )
 
 
 def test_a_config_imports_the_files_beside_it(tmp_path):

@@ -64,7 +64,7 @@ class Data2Vec2:
 
   branches: ClassVar[tuple[str, ...]] = ("online", "target")  # the student is what is released
   pool: ClassVar[str] = "mean"
-  couples_batch: ClassVar[bool] = False
+  couples_batch: ClassVar[str] = ""
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:
     """Encoder and decoder parameters; the teacher starts as a copy of the encoder."""

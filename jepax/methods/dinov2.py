@@ -82,7 +82,7 @@ class DINOv2:
   gram: Gram | None = None
 
   branches: ClassVar[tuple[str, ...]] = ("target", "online")
-  couples_batch: ClassVar[bool] = True
+  couples_batch: ClassVar[str] = "statistics"
   pool: ClassVar[str] = "class"
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:

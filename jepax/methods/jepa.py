@@ -47,9 +47,9 @@ class JEPA:
   pool: ClassVar[str] = "mean"
 
   @property
-  def couples_batch(self) -> bool:
+  def couples_batch(self) -> str:
     """Without a regulariser every sample has a loss of its own."""
-    return self.regulariser is not None
+    return "" if self.regulariser is None else "statistics"
 
   def __post_init__(self):
     if self.objective not in losses.OBJECTIVES:

@@ -55,7 +55,7 @@ class MAE:
 
   branches: ClassVar[tuple[str, ...]] = ("online",)
   pool: ClassVar[str] = "mean"
-  couples_batch: ClassVar[bool] = False
+  couples_batch: ClassVar[str] = ""
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:
     """Encoder and decoder parameters; nothing is carried."""

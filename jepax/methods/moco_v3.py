@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -36,6 +36,8 @@ class MoCoV3(WithTarget):
 
   temperature: float = 0.2
   frozen_patches: bool = True
+
+  couples_batch: ClassVar[str] = "negatives"
 
   def __post_init__(self):
     losses.check_temperature(self.temperature)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import chex
 import jax
@@ -52,6 +52,8 @@ class SimCLR(TwoViews):
   """SimCLR; negatives are those of the global batch. temperature: of the softmax, above 0."""
 
   temperature: float = 0.1
+
+  couples_batch: ClassVar[str] = "negatives"
 
   def __post_init__(self):
     losses.check_temperature(self.temperature)

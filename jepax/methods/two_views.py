@@ -42,7 +42,7 @@ class TwoViews:
   views: Any
 
   branches: ClassVar[tuple[str, ...]] = ("online",)
-  couples_batch: ClassVar[bool] = True
+  couples_batch: ClassVar[str] = "statistics"
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:
     """Encoder and projector parameters; nothing is carried but running statistics."""

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jepax.models.activations import ACTIVATIONS
 from jepax.models.attention import IMPLEMENTATIONS, attention
 from jepax.names import one_of
-from jepax.sharding import constrain, regroup, tensor_parts
+from jepax.sharding import constrain, platform, regroup, tensor_parts
 
 INITS: dict[str, Callable[..., jax.Array]] = {
   "normal": nn.initializers.normal(0.02),  # I-JEPA: its truncation at +-2 is absolute, so none
@@ -36,7 +36,20 @@ def layer_norm(owner: nn.Module, name: str, dtype: jnp.dtype) -> nn.LayerNorm:
 
 def dense(owner: nn.Module, width: int, *, name: str) -> nn.Dense:
   """A linear layer to `width` units with its owner's compute dtype and initialisation."""
-  return nn.Dense(width, dtype=owner.dtype, kernel_init=INITS[owner.init_name], name=name)
+  init = INITS[owner.init_name]
+  return nn.Dense(width, dtype=owner.dtype, kernel_init=init, dot_general=product, name=name)
+
+
+def product(x: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
+  """[... d] x [d e] -> [... e], as `jax.lax.dot_general`, the rest of whose arguments follow.
+
+  A CPU gets one axis of rows: with two the gradient of the kernel is of a transposed copy.
+  """
+  if platform() != "cpu" or x.ndim == 2:
+    return jax.lax.dot_general(x, kernel, *arguments, **options)
+  rows, contracting = x.reshape(-1, x.shape[-1]), (((1,), (0,)), ((), ()))
+  y = jax.lax.dot_general(rows, kernel, contracting, *arguments[1:], **options)
+  return y.reshape(*x.shape[:-1], -1)
 
 
 class Grouped(nn.Module, kw_only=True):
@@ -57,8 +70,8 @@ class Grouped(nn.Module, kw_only=True):
     kernel = self.param("kernel", INITS[self.init_name], shape)
     bias = self.param("bias", nn.initializers.zeros, shape[1:])
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    if tensor_parts() == 1:  # a plain product, whose gradient needs no transposed copies on a CPU
-      y = x @ kernel + bias
+    if tensor_parts() == 1:
+      y = product(x, kernel, (((2,), (0,)), ((), ()))) + bias
       return tuple(constrain(part, split=-1) for part in jnp.split(y, self.groups, axis=-1))
     kernel, bias = regroup(kernel, groups=self.groups), regroup(bias, groups=self.groups)
     y = constrain(jnp.tensordot(x, kernel, 1) + bias, split=-1)  # [b n groups units]

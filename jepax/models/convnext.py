@@ -11,6 +11,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from jepax.models.activations import gelu
 from jepax.models.resnet import check_size, check_stages
 from jepax.names import one_of
 from jepax.sharding import constrain
@@ -51,7 +52,7 @@ class Block(nn.Module, kw_only=True):
     layers = dict(dtype=self.dtype, kernel_init=INIT)
     y = nn.Conv(c, (7, 7), padding=3, feature_group_count=c, name="conv", **layers)(x)
     y = layer_norm(self.dtype, name="norm")(y)
-    y = nn.gelu(nn.Dense(4 * c, name="fc1", **layers)(y), approximate=False)
+    y = gelu(nn.Dense(4 * c, name="fc1", **layers)(y))
     y = nn.Dense(c, name="fc2", **layers)(y)
     y = y * self.param("scale", nn.initializers.constant(self.layer_scale), (c,))
     if self.has_rng("drop_path"):

@@ -88,10 +88,10 @@ def table(found: list[Row]) -> str:
   """Markdown, medians over rounds."""
   alone = statistics.median(found[0].rate)
   heads = (
-    "batch",
+    "kind",
     "devices",
     "processes",
-    "batch size",
+    "batch",
     "images a second",
     "speed-up",
     "efficiency",

@@ -250,7 +250,12 @@ def main() -> None:
     rows = compare(case, options, environment)
     results.append({"case": dataclasses.asdict(case), "rows": rows})
     print(table(results[-1:]), flush=True)
-  notes = {"date": datetime.date.today().isoformat(), "command": " ".join(sys.argv), **versions()}
+  # Where things lie on this machine is nobody's business.
+  paths = {"--reference": "REFERENCE", "--reference_python": "PYTHON"}
+  words = [w.partition("=")[0] for w in sys.argv[1:]]
+  shown = [f"{n}={paths[n]}" if n in paths else w for n, w in zip(words, sys.argv[1:], strict=True)]
+  command = " ".join(["python", "benchmarks/step_time.py", *shown])
+  notes = {"date": datetime.date.today().isoformat(), "command": command, **versions()}
   path = HERE / "results" / "step_time.json"
   path.write_text(json.dumps({"notes": notes, "results": results}, indent=1) + "\n")
   text = ["# A training step beside the reference's", table(results)]

@@ -41,7 +41,8 @@ from jepax.versions import environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 SUFFIX = "_fashion_mnist"
-METHODS = sorted(p.stem.removesuffix(SUFFIX) for p in (ROOT / "configs").glob(f"*{SUFFIX}.py"))
+FOUND = (p.stem.removesuffix(SUFFIX) for p in (ROOT / "configs").glob(f"*{SUFFIX}.py"))
+METHODS = sorted(FOUND, key=lambda name: (name != "ijepa", name))  # times are beside the first's
 EVALS = (
   *("knn", "knn_euclidean", "knn_spatial", "linear", "linear_last4", "linear_spatial"),
   *("linear_sgd", "low_shot_1pct", "attentive", "geometry"),
@@ -76,6 +77,10 @@ class Comparison:
             continue  # the same in every run
           row = subject if subject in CONTROLS else method
           found.setdefault(row, []).append(numbers | (self._cost(workdir) if row == method else {}))
+    for i, first in enumerate(found[self.methods[0]]):
+      for method in self.methods:
+        numbers = found[method][i]
+        numbers["time beside the first's"] = numbers["train seconds"] / first["train seconds"]
     return {row: _spread(found[row]) for row in (*self.methods, *CONTROLS)}
 
   def check_encoders(self) -> None:
@@ -159,7 +164,7 @@ def _spread(rows: list[dict[str, float]]) -> dict[str, dict]:
 def columns(table: Table) -> list[str]:
   """Accuracies and what they cost; the other numbers are in the CSV and the JSON."""
   numbers = dict.fromkeys(n for row in table.values() for n in row)
-  return [n for n in numbers if n.endswith((" accuracy", " steps", " seconds", " alarms"))]
+  return [n for n in numbers if n.endswith((" accuracy", " steps", " first's", " alarms"))]
 
 
 def cells(table: Table, row: str) -> list[str]:
@@ -246,9 +251,10 @@ def main() -> None:
     f"{study.teraflops:g} TFLOP of training a run, {study.seeds} seed(s), mean ± standard "
     f"deviation, scored on the {study.split} split."
   )
+  told = [word for word in sys.argv[1:] if not word.startswith("--out=")]
   notes = {
     "overrides": " ".join(study.overrides) or "none",
-    "command": shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]]),
+    "command": f"python benchmarks/compare.py --out=RUNS {shlex.join(told)}",
     "date": datetime.date.today().isoformat(),
     **environment(),
   }

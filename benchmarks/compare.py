@@ -88,9 +88,12 @@ class Comparison:
     sizes = {}
     for method in self.methods:
       encoder = prepare(self._config(method, seed=0)).method.encoder
-      sizes[method] = tuple(getattr(encoder, n) for n in ("width", "depth", "heads", "patch"))
+      kind = type(encoder).__name__
+      names = ("width", "depth", "depths", "heads", "patch")
+      sizes[method] = kind, *(f"{n}={getattr(encoder, n)}" for n in names if hasattr(encoder, n))
     if len(set(sizes.values())) > 1:
-      raise SystemExit(f"the encoders differ in (width, depth, heads, patch): {sizes}")
+      lines = "".join(f"\n  {method}: {' '.join(size)}" for method, size in sizes.items())
+      raise SystemExit(f"the methods must train one encoder, and theirs differ:{lines}")
 
   def _claim(self) -> None:
     """Makes the folder this comparison's own; one that holds another budget or data is refused."""
@@ -241,11 +244,18 @@ def parse() -> argparse.Namespace:
 def main() -> None:
   options = vars(parse())
   name = options.pop("name")
-  evals = tuple(one_of(e, PROTOCOLS, where="--evals") for e in options["evals"].split(","))
+  evals = tuple(options["evals"].split(","))
   lists = dict(methods=tuple(options["methods"].split(",")), overrides=tuple(options["overrides"]))
   study = Comparison(**options | lists | {"evals": evals})
+  if study.seeds < 1 or study.teraflops <= 0:
+    raise SystemExit("--seeds must be at least 1 and --teraflops above 0")
   sharding.use_all_cores(rows=32)
-  study.check_encoders()
+  try:
+    for protocol in evals:
+      one_of(protocol, PROTOCOLS, where="--evals")
+    study.check_encoders()
+  except ValueError as error:
+    raise SystemExit(str(error)) from error
   table = study.run()
   text = (
     f"{study.teraflops:g} TFLOP of training a run, {study.seeds} seed(s), mean ± standard "

@@ -24,7 +24,9 @@ from jepax.data.views import MultiCrop
 from jepax.models import encoder as encoders
 from jepax.models.convnext import convnext
 from jepax.models.heads import MLP
+from jepax.models.vit import VARIANTS as VITS
 from jepax.models.vit import vit
+from jepax.names import one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +188,9 @@ def build_encoder(run: Run, encoder: Mapping[str, Any]) -> nn.Module:
   `models.convnext.convnext`.
   """
   make, fixed = vit, dict(registers=0, mask_token=False, drop_path=0.0)
+  if "variant" in encoder:
+    known = (*VITS, *encoders.CONVOLUTIONAL)
+    one_of(encoder["variant"], known, where="method.encoder.variant")
   if "variant" in encoder and encoder["variant"] in encoders.CONVOLUTIONAL:
     make = encoders.CONVOLUTIONAL[encoder["variant"]]
     fixed = {"drop_path": 0.0} if make is convnext else {}

@@ -1,9 +1,9 @@
-"""MAE on the embedded Fashion-MNIST subset, with the encoder and the probes of the quick start.
+"""MAE on the embedded Fashion-MNIST subset, with ijepa_fashion_mnist.py's encoder.
 
 python -m jepax.main --config=configs/mae_fashion_mnist.py
 
-12 TFLOP of training, against the quick start's 14. Not yet run to its end: `benchmarks/study.py`
-compares the methods at equal compute.
+Not yet run to its end. After 2 TFLOP, three seeds on two cores (`benchmarks/results/compare.md`):
+77.7 % k-NN and 79.9 % linear; the same encoder at random initialisation 63.9 % and 71.7 %.
 """
 
 from ijepa_fashion_mnist import get_config as ijepa

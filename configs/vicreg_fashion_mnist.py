@@ -1,9 +1,9 @@
-"""VICReg on the embedded Fashion-MNIST subset, with the encoder and the probes of the quick start.
+"""VICReg on the embedded Fashion-MNIST subset, with ijepa_fashion_mnist.py's encoder.
 
 python -m jepax.main --config=configs/vicreg_fashion_mnist.py
 
-16 TFLOP of training, against the quick start's 14. Not yet run to its end: `benchmarks/study.py`
-compares the methods at equal compute.
+Not yet run to its end. After 2 TFLOP, three seeds on two cores (`benchmarks/results/compare.md`):
+74.5 % k-NN and 78.5 % linear; the same encoder at random initialisation 63.9 % and 71.7 %.
 """
 
 from _two_views import fashion_mnist

@@ -34,6 +34,7 @@ from jepax.evals.registry import PROTOCOLS
 from jepax.experiment import prepare
 from jepax.names import one_of
 from jepax.planning import aot
+from jepax.planning.plan import without_remat
 from jepax.report.parts import name_of
 from jepax.report.protocols import cell
 from jepax.report.style import CSS
@@ -117,7 +118,7 @@ class Comparison:
     workdir = self.out / f"{method}-{seed}"
     if (workdir / "results.json").exists():
       return workdir  # of this budget: `_claim` refuses a folder of another
-    experiment = prepare(self._config(method, seed=seed))
+    experiment = prepare(without_remat(self._config(method, seed=seed)))
     each = flops.count(aot.trace(experiment).jaxpr)
     steps = max(1, round(1e12 * self.teraflops / each))
     config = self._config(method, seed=seed, total=f"{steps} steps")

@@ -83,25 +83,23 @@ def model_flops(spec: str) -> int:
   from jepax import flops
   from jepax.planning import aot
 
-  plain = load(f"{spec},method.encoder.remat=none,method.predictor.remat=none")
-  return flops.count(aot.trace(plain).jaxpr)
+  return flops.count(aot.trace(load(spec, plain=True)).jaxpr)
 
 
-def load(spec: str):
-  """'FILE,KEY=VALUE,...' -> a run's pieces, for images that nobody reads."""
+def load(spec: str, *, plain: bool = False):
+  """'FILE,KEY=VALUE,...' -> a run's pieces, for images that nobody reads; plain: without remat."""
   from jepax import config as config_lib
   from jepax import sharding
   from jepax.data.build import Data
   from jepax.experiment import prepare
+  from jepax.planning.plan import without_remat
 
   path, *overrides = spec.split(",")
   config = config_lib.load(str(HERE.parent / path), overrides)
+  config = without_remat(config) if plain else config
   rows = config.batch_size // config.accumulate
   sharding.use_all_cores(rows=rows, count=config.mesh.cpu_devices)
-  c = config.data
-  blank = np.broadcast_to(np.zeros((), np.uint8), (10**6, 1, 1, c.channels))
-  data = Data.from_arrays(blank, size=c.size, mean=c.mean, std=c.std)
-  return prepare(config, data=data)
+  return prepare(config, data=Data.unread(config.data, count=10**6))
 
 
 def run_jepax(spec: str, *, warmup: int, steps: int) -> dict:

@@ -9,8 +9,6 @@ import argparse
 import pathlib
 from collections.abc import Callable
 
-import numpy as np
-
 from jepax import config as config_lib
 from jepax.data.augment import Augment
 from jepax.data.build import Data
@@ -51,9 +49,7 @@ CHANGES = {
 def built(recipe: str) -> Experiment:
   """A recipe at full size, for images that nobody reads."""
   config = config_lib.load(str(ROOT / "configs" / f"{recipe}.py"))
-  c = config.data
-  blank = np.broadcast_to(np.zeros((), np.uint8), (1_281_167, 1, 1, c.channels))
-  return prepare(config, data=Data.from_arrays(blank, size=c.size, mean=c.mean, std=c.std))
+  return prepare(config, data=Data.unread(config.data, count=1_281_167))
 
 
 def augmentations(experiment: Experiment) -> str:

@@ -64,10 +64,7 @@ def full_size(name: str) -> Experiment:
   They have one pixel each: nothing reads them, and the model sees data.size all the same.
   """
   config = config_lib.load(spec(name))
-  c = config.data
-  blank = np.broadcast_to(np.zeros((), np.uint8), (IMAGENET, 1, 1, c.channels))
-  data = Data.from_arrays(blank, size=c.size, mean=c.mean, std=c.std)
-  return prepare(config, data=data)
+  return prepare(config, data=Data.unread(config.data, count=IMAGENET))
 
 
 @pytest.fixture

@@ -81,6 +81,13 @@ class Data:
   given: bool = False
 
   @classmethod
+  def unread(cls, section: ConfigDict, *, count: int) -> Data:
+    """As many training images as `section`'s would be, for what looks at shapes and reads none."""
+    blank = np.broadcast_to(np.zeros((), np.uint8), (count, 1, 1, section.channels))
+    normalisation = dict(mean=section.mean, std=section.std)
+    return cls.from_arrays(blank, size=section.size, channels=section.channels, **normalisation)
+
+  @classmethod
   def from_arrays(
     cls,
     images: np.ndarray,

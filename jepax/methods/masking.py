@@ -9,8 +9,6 @@ from jepax.config import Run, construct
 from jepax.models.encoder import CONVOLUTIONAL
 from jepax.models.vit import VARIANTS, ViT, vit
 
-ANY_ENCODER = ("barlow_twins", "byol", "lejepa", "moco_v3", "simclr", "simsiam", "vicreg")
-
 
 def build_vit(run: Run, encoder: Mapping[str, Any], **fixed: Any) -> ViT:
   """The encoder of a config's section `method.encoder`, arguments of `models.vit.vit`.
@@ -26,7 +24,7 @@ def build_vit(run: Run, encoder: Mapping[str, Any], **fixed: Any) -> ViT:
   if "variant" in encoder and encoder["variant"] in CONVOLUTIONAL:
     raise ValueError(
       f"method.encoder.variant={encoder['variant']!r} is convolutional, and this method hides "
-      f"tokens from its encoder: use a ViT, one of {list(VARIANTS)}, or a method for any encoder: "
-      f"{', '.join(ANY_ENCODER)}"
+      f"tokens from its encoder: use a ViT, one of {list(VARIANTS)}, or a method that compares "
+      "whole views, such as simclr"
     )
   return construct(vit, encoder, where="method.encoder", dtype=run.dtype, **fixed)

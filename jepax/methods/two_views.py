@@ -189,10 +189,9 @@ def build_encoder(run: Run, encoder: Mapping[str, Any]) -> nn.Module:
   """
   make, fixed = vit, dict(registers=0, mask_token=False, drop_path=0.0)
   if "variant" in encoder:
-    known = (*VITS, *encoders.CONVOLUTIONAL)
-    one_of(encoder["variant"], known, where="method.encoder.variant")
-  if "variant" in encoder and encoder["variant"] in encoders.CONVOLUTIONAL:
-    make = encoders.CONVOLUTIONAL[encoder["variant"]]
+    makers = dict.fromkeys(VITS, vit) | encoders.CONVOLUTIONAL
+    make = makers[one_of(encoder["variant"], makers, where="method.encoder.variant")]
+  if make is not vit:
     fixed = {"drop_path": 0.0} if make is convnext else {}
   return construct(make, encoder, where="method.encoder", dtype=run.dtype, **fixed)
 

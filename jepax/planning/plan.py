@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from jepax import flops, sharding
@@ -146,19 +145,23 @@ def make(
 
 def describe(config: ConfigDict, target: Target, *, examples: int) -> Experiment:
   """The run on the target's devices, with as many images as it will have and none of them."""
-  c = config.data
-  blank = np.broadcast_to(np.zeros((), np.uint8), (examples, 1, 1, c.channels))
-  data = Data.from_arrays(blank, size=c.size, channels=c.channels, mean=c.mean, std=c.std)
+  data = Data.unread(config.data, count=examples)
   sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
   mesh = sharding.make_mesh(**sizes, devices=list(target.devices))
   return prepare(config, data=data, mesh=mesh)
 
 
 def _flops(config: ConfigDict, target: Target, examples: int) -> int:
-  """Of one step, traced without rematerialisation: recomputing is no work of the model's."""
+  """Of one step's matrix products."""
+  plain = describe(without_remat(config), target, examples=examples)
+  return flops.count(aot.trace(plain).jaxpr)
+
+
+def without_remat(config: ConfigDict) -> ConfigDict:
+  """The same run, which computes nothing again: that is no work of the model's."""
   plain = ConfigDict(config.to_dict())
   _replace(plain.method, remat="none")
-  return flops.count(aot.trace(describe(plain.lock(), target, examples=examples)).jaxpr)
+  return plain.lock()
 
 
 def _replace(section: ConfigDict, **values: Any) -> None:

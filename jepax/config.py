@@ -219,7 +219,14 @@ def override(config: ConfigDict, assignment: str) -> None:
 
 def _raise_unknown(config: ConfigDict, dotted: str, *, at: str) -> None:
   names = list(flatten(config.to_dict()))
-  raise ValueError(f"--config.{at} is unknown{nearest(dotted, names)}")
+  *parents, _ = at.split(".")
+  section = config
+  for name in parents:
+    section = section[name]
+  of = ".".join(parents) or "the config"
+  raise ValueError(
+    f"--config.{at} is unknown{nearest(dotted, names)}; keys of {of}: {list(section)}"
+  )
 
 
 def _literal(text: str) -> Any:

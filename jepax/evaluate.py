@@ -80,6 +80,7 @@ def run(overrides: list[str], command: str) -> tuple[dict[str, Any], Path]:
   out = Path(OUT.value or (Path(source) / "evaluation" if RUN.value else "evaluation"))
   data_config, config = _data_config(overrides)
   encoders = _encoders(source)
+  suite.check(encoders, chosen)
   facts = {
     "split": SPLIT.value,
     "seeds": SEEDS.value,

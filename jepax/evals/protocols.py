@@ -1,9 +1,7 @@
 """Protocols on frozen features: each a frozen dataclass of its settings, which go into the results.
 
-A protocol is a function (material, seed) -> {number: value}, with `kinds`, the features it needs
-(see `jepax.pretrained.KINDS`), `images`, whether it needs the images, `scene`, the rendered scenes
-it asks about instead of the caller's images, and `fits`, which subjects it can score. They are
-listed by name in `registry.py`.
+A protocol is a function (material, seed) -> {number: value} with what `Protocol` says of its needs.
+They are listed by name in `registry.py`.
 """
 
 from __future__ import annotations
@@ -20,21 +18,34 @@ from jepax.evals import attentive, collapse, finetune, geometry, grid, knn, lars
 from jepax.evals.material import Material
 
 
+class Protocol:
+  """What a protocol needs; what most don't is off here.
+
+  kinds: of features, see `jepax.pretrained.KINDS`. images: whether it reads them. blocks: whether
+  it takes a ViT apart. scene: the rendered scenes it asks about, instead of the caller's images.
+  """
+
+  kinds: ClassVar[tuple[str, ...]] = ()
+  images: ClassVar[bool] = False
+  blocks: ClassVar[bool] = False
+  scene: ClassVar[str | None] = None
+
+  def fits(self, material: Material) -> bool:
+    """Whether it can score this subject; the pixels are one without an encoder."""
+    if self.blocks or not self.kinds:
+      return material.encoder is not None
+    return any(material.has(kind) for kind in self.kinds)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnFeatures:
+class OnFeatures(Protocol):
   """What protocols on one vector an image share: the kind of features they take."""
 
   features: str = "pooled"
 
-  images: ClassVar[bool] = False
-  scene: ClassVar[str | None] = None
-
   @property
   def kinds(self) -> tuple[str, ...]:
     return (self.features,)
-
-  def fits(self, material: Material) -> bool:
-    return material.has(self.features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +107,7 @@ class Logistic(OnFeatures):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Grid:
+class Grid(Protocol):
   """A grid of learning rates and weight decays trained at once; the best on the chosen-on rows.
 
   recipe: 'dinov2' (SGD, 13 rates), 'ijepa' (LARS, 3 rates x 2 decays) or 'mae' (LARS, BatchNorm).
@@ -109,9 +120,6 @@ class Grid:
   norms: tuple[str, ...] = ()
   steps: int = 2000
 
-  images: ClassVar[bool] = False
-  scene: ClassVar[str | None] = None
-
   @property
   def source(self) -> str:
     return {
@@ -123,9 +131,6 @@ class Grid:
   @property
   def kinds(self) -> tuple[str, ...]:
     return self.features
-
-  def fits(self, material: Material) -> bool:
-    return any(material.has(kind) for kind in self.features)
 
   def __call__(self, material: Material, *, seed: int) -> dict[str, float]:
     kinds = [kind for kind in self.features if material.has(kind)]
@@ -161,7 +166,7 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Attentive:
+class Attentive(Protocol):
   """A learned query attends to the frozen tokens; rate and decay chosen.
 
   settings: of `attentive.Attentive`; heads are those of the encoder.
@@ -173,12 +178,8 @@ class Attentive:
   batch_size: int = 256
 
   kinds: ClassVar[tuple[str, ...]] = ("tokens",)
-  images: ClassVar[bool] = False
-  scene: ClassVar[str | None] = None
+  blocks: ClassVar[bool] = True
   source: ClassVar[str] = "V-JEPA 2, arXiv 2506.09985, with one cross-attention block as V-JEPA"
-
-  def fits(self, material: Material) -> bool:
-    return material.encoder is not None
 
   def __call__(self, material: Material, *, seed: int) -> dict[str, float]:
     fit = attentive.fit(
@@ -200,7 +201,7 @@ class Attentive:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FineTune:
+class FineTune(Protocol):
   """The whole encoder trained on the labels; its control is training from scratch.
 
   share: of the labels, class-balanced, drawn by the seed. batch_size: at most; of few labels a
@@ -219,13 +220,9 @@ class FineTune:
   crop_scale: tuple[float, float] = (0.6, 1.0)
   flip: float = 0.5
 
-  kinds: ClassVar[tuple[str, ...]] = ()
   images: ClassVar[bool] = True
-  scene: ClassVar[str | None] = None
+  blocks: ClassVar[bool] = True
   source: ClassVar[str] = "MAE, arXiv 2111.06377, A.2, with settings for small images"
-
-  def fits(self, material: Material) -> bool:
-    return material.encoder is not None
 
   def __call__(self, material: Material, *, seed: int) -> dict[str, float]:
     images, labels = material.images("train"), material.y("train")
@@ -277,7 +274,7 @@ class Geometry(OnFeatures):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Views:
+class Views(Protocol):
   """How features stand to augmentation: LiDAR, and alignment of two views.
 
   limit: images. views: of each. crop_scale, flip: of the views.
@@ -288,13 +285,8 @@ class Views:
   crop_scale: tuple[float, float] = (0.3, 1.0)
   flip: float = 0.5
 
-  kinds: ClassVar[tuple[str, ...]] = ()
   images: ClassVar[bool] = True
-  scene: ClassVar[str | None] = None
   source: ClassVar[str] = "LiDAR arXiv 2312.04000; alignment 2005.10242"
-
-  def fits(self, material: Material) -> bool:
-    return material.encoder is not None
 
   def __call__(self, material: Material, *, seed: int) -> dict[str, float]:
     images = material.images("score")[: self.limit]

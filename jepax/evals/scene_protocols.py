@@ -14,6 +14,7 @@ import numpy as np
 from jepax.data import scenes
 from jepax.evals import depth, linear, segmentation
 from jepax.evals.material import Material
+from jepax.evals.protocols import OnFeatures, Protocol
 
 TRAIN, TEST = 2000, 500
 SEEDS = {"train": 0, "score": 1}  # of the scenes; no scene is in both
@@ -27,29 +28,20 @@ def rendered(name: str, part: str) -> scenes.Scenes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SceneClasses:
+class SceneClasses(OnFeatures):
   """A linear probe on one vector a scene: how many things, or how far the nearest.
 
   answer: 'count' of shapes (8 classes) or 'nearest' of spheres (6 classes).
   """
 
   answer: str
-  features: str = "pooled"
   C: float = 1.0
 
-  images: ClassVar[bool] = False
   source: ClassVar[str] = "after VTAB's Clevr/count and Clevr/dist, arXiv 1910.04867"
 
   @property
   def scene(self) -> str:
     return {"count": "counting", "nearest": "spheres"}[self.answer]
-
-  @property
-  def kinds(self) -> tuple[str, ...]:
-    return (self.features,)
-
-  def fits(self, material: Material) -> bool:
-    return material.has(self.features)
 
   def __call__(self, material: Material, *, seed: int) -> dict[str, float]:
     del seed
@@ -70,7 +62,7 @@ class SceneClasses:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dense:
+class Dense(Protocol):
   """A linear head on frozen patch tokens: 'depth' or 'segmentation' of spheres in a room."""
 
   task: str
@@ -80,15 +72,11 @@ class Dense:
   batch_size: int = 16
 
   kinds: ClassVar[tuple[str, ...]] = ("tokens",)
-  images: ClassVar[bool] = False
   scene: ClassVar[str] = "spheres"
 
   @property
   def source(self) -> str:
     return f"DINOv2's linear {self.task} head, arXiv 2304.07193"
-
-  def fits(self, material: Material) -> bool:
-    return material.has("tokens")
 
   def __call__(self, material: Material, *, seed: int) -> dict[str, float]:
     field = {"depth": "depth", "segmentation": "segment"}[self.task]

@@ -12,7 +12,6 @@ from absl import logging
 from jepax.data.build import Data
 from jepax.data.sources import ArraySource, Source
 from jepax.evals import material, scene_protocols
-from jepax.evals.protocols import Attentive, FineTune
 from jepax.names import one_of
 from jepax.pretrained import Encoder
 from jepax.report.protocols import cell
@@ -64,14 +63,7 @@ def evaluate(
     raise ValueError("these images have no labels, and the protocols score labels")
   if own and split == "test" and data.test is None:
     raise ValueError("there is no test split; score held-out training images: split='validation'")
-  offered = {kind for encoder in encoders for kind in encoder.offered}
-  for name, protocol in protocols.items():
-    if protocol.kinds and not offered & set(protocol.kinds):
-      kinds = " or ".join(protocol.kinds)
-      raise ValueError(f"{name} takes {kinds} features, and no encoder here has them")
-    if isinstance(protocol, (Attentive, FineTune)):
-      for encoder in encoders:
-        encoder.check_blocks(name)
+  check(encoders, protocols)
   options = dict(encoders=encoders, seeds=seeds, limit=limit, batch_size=batch_size)
   found = {}
   if own:
@@ -82,6 +74,18 @@ def evaluate(
     sets = (_scene_source(scene, part) for part in ("train", "score"))
     found |= _group(asked, *sets, num_classes=None, **options)
   return {name: _summary(protocols[name], found[name]) for name in protocols}
+
+
+def check(encoders: Sequence[Encoder], protocols: Mapping[str, Any]) -> None:
+  """Raises ValueError where a protocol asks for what no encoder here has."""
+  offered = {kind for encoder in encoders for kind in encoder.offered}
+  for name, protocol in protocols.items():
+    if protocol.kinds and not offered & set(protocol.kinds):
+      kinds = " or ".join(protocol.kinds)
+      raise ValueError(f"{name} takes {kinds} features, and no encoder here has them")
+    if protocol.blocks:
+      for encoder in encoders:
+        encoder.check_blocks(name)
 
 
 def _group(

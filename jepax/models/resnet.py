@@ -198,7 +198,7 @@ def check_size(images: jax.Array, *, patch: int) -> None:
   if h % patch or w % patch or not h * w:
     raise ValueError(
       f"images of {h}x{w} pixels do not divide into cells of {patch}, which this encoder's strides "
-      "make; choose another data.size (and sizes of views), or a stem for small images"
+      f"make; choose multiples of {patch} for data.size (and sizes of views)"
     )
 
 

@@ -191,7 +191,7 @@ def test_later_overrides_win(file):
     ("optm.lr=1", "--config.optm is unknown; did you mean 'optim.lr'"),
     ("lr=1", "--config.lr is unknown; did you mean 'optim.lr'"),  # right name, wrong section
     ("seed.lr=1", "--config.seed is unknown"),
-    ("zzzzzz=1", r"--config.zzzzzz is unknown; keys of the config: \['seed'"),
+    ("zzzzzz=1", r"--config.zzzzzz is unknown; keys of the config: \['accumulate'"),
     ("optim.momentum=0.9", r"--config.optim.momentum is unknown.*; keys of optim: \[.*'b1'"),
     ("method.encodr.patch=4", "--config.method.encodr is unknown; did you mean 'method.encoder.p"),
     ("seed", "--config.seed has no value; write --config.seed=VALUE"),

@@ -223,7 +223,7 @@ def test_combinations_that_cannot_be(name, encoder, changes, message):
 
 
 def test_images_that_do_not_divide_into_cells():
-  with pytest.raises(ValueError, match="16x16 pixels do not.* cells of 32.*multiples of 32"):
+  with pytest.raises(ValueError, match=r"16x16 pixels do not.* cells of 32.*multiples of 32"):
     prepare(config(encoder=dict(variant="resnet18")), data=tiny.data())
 
 

@@ -67,6 +67,7 @@ def train(overrides: list[str], command: str, *, several: bool) -> None:
       workdir = Path(WORKDIR.value or default_workdir(CONFIG.value))
       if DRY_RUN.value:
         return preflight.show(preflight.run(config, workdir))
+      keep_programs(workdir)
       results = fit.run(config, workdir, command=command)
   except KeyboardInterrupt:  # in training a signal saves first; this is before or after it
     print(f"interrupted; to go on:\n  {command}", file=sys.stderr)
@@ -78,6 +79,15 @@ def train(overrides: list[str], command: str, *, several: bool) -> None:
     print(f"stopped by a signal and saved at step {step}; to go on:\n  {command}")
     return
   print_results(results, workdir)
+
+
+def keep_programs(workdir: Path) -> None:
+  """Has a restart find its compiled programs in the workdir, unless JAX was told of another place.
+
+  Not those for a CPU: they hold for one kind of CPU, and workdirs move.
+  """
+  if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "programs"))
 
 
 def default_workdir(spec: str) -> str:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+import quick
 
 from jepax import main
 
@@ -17,7 +19,7 @@ QUICKSTART = "--config=configs/quickstart.py:smoke"
 
 def start(*arguments: str) -> subprocess.CompletedProcess:
   command = [sys.executable, "-m", "jepax.main", *arguments]
-  environment = os.environ | {"XLA_FLAGS": ""}
+  environment = os.environ | quick.ENVIRONMENT
   return subprocess.run(
     command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
   )
@@ -47,6 +49,21 @@ def test_unknown_flags(argument):
   assert done.returncode != 0
   assert "Traceback" not in done.stderr
   assert argument.lstrip("-").partition("=")[0] in done.stderr  # what was wrong is named
+
+
+@pytest.mark.parametrize(
+  ("backend", "told", "expected"),
+  [("tpu", None, "run/programs"), ("gpu", "/mine", "/mine"), ("cpu", None, None)],
+)
+def test_programs_are_kept_for_a_restart(monkeypatch, backend, told, expected):
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  try:
+    jax.config.update("jax_compilation_cache_dir", told)
+    main.keep_programs(Path("run"))
+    assert jax.config.jax_compilation_cache_dir == expected
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_default_workdir_names_the_config():

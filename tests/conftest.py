@@ -2,9 +2,11 @@
 
 import os
 
+import quick
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+  [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick.XLA_FLAGS]
 )
 
 import jax
@@ -13,7 +15,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def quick_compile():
-  """Few of XLA's passes: where tiny models run a few steps, compiling is most of the time."""
+  """Few of XLA's passes, too: for tiny models that run a few steps."""
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -211,7 +212,7 @@ CRASH = """
 
 def spawn(code: str, *args) -> subprocess.Popen:
   command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, args)]
-  env = {**os.environ, "XLA_FLAGS": ""}
+  env = os.environ | quick.ENVIRONMENT
   return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 

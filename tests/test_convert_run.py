@@ -11,6 +11,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import quick
 import tiny
 
 import jepax.pretrained
@@ -107,7 +108,7 @@ def test_preprocessing_of_data():
 
 def convert(*arguments) -> subprocess.CompletedProcess:
   command = [sys.executable, "-m", "jepax.convert", *map(str, arguments)]
-  environment = os.environ | {"XLA_FLAGS": ""}
+  environment = os.environ | quick.ENVIRONMENT
   return subprocess.run(
     command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
   )

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import quick
 
 from jepax import distributed
 from jepax.metrics import read_history
@@ -160,7 +161,7 @@ def launch(*command: str, processes: int = 2, devices: int = 1, grace: float = 3
   done = subprocess.run(
     [sys.executable, str(ROOT / "launch" / "local.py"), *options, "--", sys.executable, *command],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+    env=os.environ | quick.ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from jepax import config as config_lib
 from jepax import sharding
@@ -228,7 +229,7 @@ def test_recomputation_is_no_model_flops():
 
 def start(*arguments: str) -> subprocess.CompletedProcess:
   command = [sys.executable, "-m", "jepax.plan", "--config=configs/quickstart.py:smoke"]
-  environment_ = os.environ | {"XLA_FLAGS": ""}
+  environment_ = os.environ | quick.ENVIRONMENT
   return subprocess.run(
     [*command, *arguments], cwd=ROOT, env=environment_, capture_output=True, text=True, timeout=300
   )

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import quick
 import tiny
 
 from jepax import fit, preflight
@@ -254,7 +255,7 @@ def test_a_step_that_does_not_fit():
 
 def test_command_line(tmp_path):
   command = [sys.executable, "-m", "jepax.main", "--config=configs/quickstart.py:smoke"]
-  environment = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  environment = os.environ | quick.ENVIRONMENT
   done = subprocess.run(
     [*command, f"--workdir={tmp_path / 'run'}", "--dry_run"],
     cwd=ROOT,

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import quick
 import tiny
 
 from jepax.checkpoint import Checkpoints
@@ -27,7 +28,8 @@ def cache(tmp_path_factory) -> Path:
 
 def start(method: str, workdir: Path, cache: Path, *rest: str) -> subprocess.CompletedProcess:
   environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    **quick.ENVIRONMENT,
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {quick.XLA_FLAGS}",
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(HERE.parent),

@@ -1,0 +1,11 @@
+"""What makes XLA compile quickly for a CPU: that is most of the time of most tests."""
+
+import importlib.metadata
+
+# Simpler code, in one piece. XLA ends at a flag it doesn't know, so no other release gets them.
+XLA_FLAGS = ""
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+# Of a process of its own.
+ENVIRONMENT = {"XLA_FLAGS": XLA_FLAGS, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import models_oracle as oracle
@@ -15,7 +17,7 @@ from flax import linen as nn
 from jepax import config as config_lib
 from jepax.masks.tokens import TokenSet
 from jepax.methods import data2vec2
-from jepax.models.decoder import ConvDecoder
+from jepax.models.decoder import ConvDecoder, grouped_conv
 from jepax.models.transformer import Transformer, mlp_outputs
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -183,6 +185,24 @@ def test_mlp_outputs(scan):
   added = mlp_outputs({"transformer": sown["mlp"]}, depth=3, last=3)
   assert len(mlp_outputs({"transformer": sown["mlp"]}, depth=3, last=2)) == 2
   np.testing.assert_allclose(sum(added) + x, out, rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_convolution_on_a_cpu_is_laxs():
+  """In value and gradients, on a grid that is not square."""
+  x, kernel = (
+    jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((2, 4, 5, 6), (3, 3, 2, 9)))
+  )
+  options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=3)
+
+  def out(conv, x, kernel):
+    return jnp.sin(conv(x, kernel, (1, 1), "SAME", **options))
+
+  for conv in (grouped_conv, jax.lax.conv_general_dilated):
+    y, pull = jax.vjp(functools.partial(out, conv), x, kernel)
+    found = y, *pull(jnp.cos(y))
+    if conv is grouped_conv:
+      ours = found
+  chex.assert_trees_all_close(ours, found, rtol=1e-5, atol=1e-5)
 
 
 def test_decoder_ignores_padding():

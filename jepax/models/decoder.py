@@ -5,9 +5,12 @@ Source: arXiv 2111.06377 and 2212.07525.
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 
 from jepax import losses
@@ -16,6 +19,7 @@ from jepax.models.activations import gelu
 from jepax.models.transformer import INITS, Stack, dense, layer_norm, transformer
 from jepax.models.vit import check_sincos, sincos2d
 from jepax.names import one_of
+from jepax.sharding import platform
 
 
 class PixelDecoder(Stack, kw_only=True):
@@ -59,6 +63,36 @@ class PixelDecoder(Stack, kw_only=True):
     valid = jnp.concatenate([jnp.ones((b, 1), bool), visible.valid, hidden.valid], axis=1)
     x = layer_norm(self, "norm", self.dtype)(transformer(self)(x, valid, keep=t))
     return dense(self, self.out, name="proj")(x).astype(jnp.float32)
+
+
+def grouped_conv(
+  x: jax.Array, kernel: jax.Array, *arguments: Any, feature_group_count: int, **options: Any
+) -> jax.Array:
+  """What `jax.lax.conv_general_dilated` is with stride 1 and padding 'SAME'.
+
+  A CPU gets one product a group with the shifted images side by side: XLA's own form of grouped
+  convolutions takes ten times as long there.
+
+  Args:
+    x: [b h w c].
+    kernel: [k k c/groups d], k odd.
+    *arguments: as of `conv_general_dilated`, and so `**options`.
+    feature_group_count: groups.
+
+  Returns:
+    [b h w d].
+  """
+  groups = feature_group_count
+  if platform() != "cpu":
+    options["feature_group_count"] = groups
+    return jax.lax.conv_general_dilated(x, kernel, *arguments, **options)
+  (b, h, w, _), side = x.shape, kernel.shape[0]
+  edge = side // 2
+  x = jnp.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+  shifted = [x[:, i : i + h, j : j + w] for i in range(side) for j in range(side)]
+  x = rearrange(shifted, "k b h w (g c) -> (b h w) k g c", g=groups)
+  kernel = rearrange(kernel, "i j c (g d) -> (i j) c g d", g=groups)
+  return jnp.einsum("nkgc,kcgd->ngd", x, kernel).reshape(b, h, w, -1)
 
 
 class ConvDecoder(nn.Module, kw_only=True):
@@ -124,6 +158,7 @@ class ConvDecoder(nn.Module, kw_only=True):
         (self.kernel, self.kernel),
         feature_group_count=self.groups,
         dtype=self.dtype,
+        conv_general_dilated=grouped_conv,
         name=f"conv{i}",
       )(x)
       y = gelu(losses.layer_norm(y))

@@ -1,7 +1,8 @@
 """Methods on one data set with one encoder at equal compute: trains, evaluates, makes one table.
 
   python benchmarks/compare.py --out=runs/compare [--methods=ijepa,mae,...] \
-    [--teraflops=2 --seeds=3 --split=test --evals=knn,linear --name=compare] [KEY=VALUE ...]
+    [--teraflops=2 --seeds=3 --split=test --evals=knn,linear --limit=100000 --name=compare] \
+    [KEY=VALUE ...]
 
 METHOD is short for configs/METHOD_fashion_mnist.py; any config's name will do. Each gets the steps
 that the same number of floating-point operations buys, as `jepax.flops` counts them in its training
@@ -63,6 +64,7 @@ class Comparison:
   seeds: int
   split: str
   evals: tuple[str, ...]
+  limit: int
   overrides: tuple[str, ...]
 
   def run(self) -> Table:
@@ -74,8 +76,6 @@ class Comparison:
         workdir = self._train(method, seed)
         scores = self._score(workdir, seed, control=i == 0)
         for subject, numbers in scores.items():
-          if subject == "pixels" and (i or seed):
-            continue  # the same in every run
           row = subject if subject in CONTROLS else method
           found.setdefault(row, []).append(numbers | (self._cost(workdir) if row == method else {}))
     for i, first in enumerate(found[self.methods[0]]):
@@ -130,7 +130,8 @@ class Comparison:
 
   def _score(self, workdir: pathlib.Path, seed: int, *, control: bool) -> dict[str, dict]:
     """subject -> 'PROTOCOL MEASURE' -> value, of the branch that the method evaluates first."""
-    key = hashlib.sha256(json.dumps([self.split, self.evals, control]).encode()).hexdigest()[:8]
+    key = json.dumps([self.split, self.evals, self.limit, control])
+    key = hashlib.sha256(key.encode()).hexdigest()[:8]
     path = workdir / f"scores-{key}.json"
     if path.exists():
       return json.loads(path.read_text())
@@ -140,7 +141,9 @@ class Comparison:
     first = source.read(workdir).encoder()
     encoders = [first, first.random(seed)] if control else [first]
     protocols = {name: PROTOCOLS[name] for name in self.evals}
-    found = suite.evaluate(encoders, build(section), protocols, split=self.split)
+    pixels = control and seed == 0  # the same in every run
+    options = dict(split=self.split, limit=self.limit, pixels=pixels)
+    found = suite.evaluate(encoders, build(section), protocols, **options)
     scores: dict[str, dict] = {}
     for protocol, result in found.items():
       for subject, numbers in result["scores"].items():
@@ -237,6 +240,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--split", default="test", choices=suite.SPLITS)
   parser.add_argument("--evals", default=",".join(EVALS), help="protocols, by commas")
+  parser.add_argument("--limit", type=int, default=100_000, help="training images of the probes")
   parser.add_argument("--name", default="compare", help="of the files in benchmarks/results")
   parser.add_argument("overrides", nargs="*", help="KEY=VALUE of every config")
   return parser.parse_args()

@@ -10,13 +10,14 @@ the same encoder at random initialisation 63.9 % and 71.7 %. Source of the metho
 
 from _two_views import fashion_mnist
 
+from jepax.config import parse_arg
+
 
 def get_config(arg=""):
-  return fashion_mnist(
-    arg,
-    name="byol",
-    projector=(256, 128),
-    predictor=256,
-    momentum=(0.98, 1.0),
-    second=dict(blur=0.1, solarise=0.2),
+  c = fashion_mnist(
+    arg, name="byol", projector=(256, 128), predictor=256, momentum=(0.97, 1.0), second=dict()
   )
+  if not parse_arg(arg, smoke=False).smoke:
+    c.total = "1000 steps"
+    c.batch_size = 64
+  return c

@@ -104,7 +104,9 @@ def test_evaluate_puts_controls_beside_every_number(encoder, data):
 
 
 def test_spread_is_over_seeds(encoder, data):
-  found = suite.evaluate([encoder], data, {"knn": KNN(k=5)}, seeds=4, batch_size=32)
+  options = dict(seeds=4, batch_size=32, pixels=False)
+  found = suite.evaluate([encoder], data, {"knn": KNN(k=5)}, **options)
+  assert list(found["knn"]["scores"]) == ["target"]
   score = found["knn"]["scores"]["target"]["accuracy"]
   values = np.asarray(score["seeds"])
   assert len(set(values)) > 1, "other seeds, other validation splits"

@@ -28,6 +28,7 @@ def evaluate(
   seeds: int = 1,
   limit: int = 100_000,
   batch_size: int = 256,
+  pixels: bool = True,
 ) -> dict[str, Any]:
   """Scores encoders and the pixels by protocols.
 
@@ -41,6 +42,7 @@ def evaluate(
     seeds: repetitions with seeds 0, 1, ... of the splits and the probes.
     limit: training images at most.
     batch_size: images a forward pass.
+    pixels: whether to score the raw pixels, too.
 
   Returns:
     protocol -> {'source', 'settings', 'scores': subject -> number -> {'mean', 'std',
@@ -64,7 +66,7 @@ def evaluate(
   if own and split == "test" and data.test is None:
     raise ValueError("there is no test split; score held-out training images: split='validation'")
   check(encoders, protocols)
-  options = dict(encoders=encoders, seeds=seeds, limit=limit, batch_size=batch_size)
+  options = dict(encoders=encoders, seeds=seeds, limit=limit, batch_size=batch_size, pixels=pixels)
   found = {}
   if own:
     test = data.test if split == "test" else None
@@ -98,6 +100,7 @@ def _group(
   seeds: int,
   limit: int,
   batch_size: int,
+  pixels: bool,
 ) -> dict[str, dict[str, list]]:
   """Protocols of one set of images: name -> subject -> what it found, a dict a seed."""
   needs = dict(
@@ -111,7 +114,7 @@ def _group(
   found = {name: {} for name in protocols}
   for seed in range(seeds):
     fold = material.fold(*tables.values(), num_classes=num_classes, seed=seed)
-    for encoder in (*encoders, None):
+    for encoder in (*encoders, None) if pixels else encoders:
       given = material.Material(
         subject=material.PIXELS if encoder is None else encoder.name,
         encoder=encoder,

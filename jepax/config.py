@@ -106,7 +106,7 @@ class Run:
 # --- loading --------------------------------------------------------------------------------
 
 
-def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
+def load(spec: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
   """Reads a config file, which may import the files beside it, and applies overrides.
 
   Args:
@@ -120,7 +120,7 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     ValueError: a missing file, one that fails (with the line), an unknown key (with the nearest
       valid one) or a value of the wrong type.
   """
-  name, _, arg = spec.partition(":")
+  name, _, arg = str(spec).partition(":")
   path = Path(name)
   if path.suffix != ".py" or not path.is_file():
     near = nearest(path.name, [p.name for p in path.parent.glob("*.py")])
@@ -202,6 +202,8 @@ def override(config: ConfigDict, assignment: str) -> None:
   *parents, leaf = dotted.split(".")
   section = config
   for i, name in enumerate(parents):
+    if parents[:i] == ["method"] and name not in section and name in _method_keys(section):
+      section[name] = ConfigDict()  # one that the recipe leaves out, such as method.regulariser
     if name not in section or not isinstance(section[name], ConfigDict):
       _raise_unknown(config, dotted, at=".".join(parents[: i + 1]))
     section = section[name]
@@ -215,6 +217,14 @@ def override(config: ConfigDict, assignment: str) -> None:
   section[leaf] = _read(
     text, like=section[leaf], kind=section.get_type(leaf), where=f"--config.{dotted}"
   )
+
+
+def _method_keys(section: ConfigDict) -> Iterable[str]:
+  """What the method that a section names can be given."""
+  name = section.get("name", "")
+  if name not in methods():
+    return ()
+  return _parameters(importlib.import_module(f"jepax.methods.{name}").build)
 
 
 def _raise_unknown(config: ConfigDict, dotted: str, *, at: str) -> None:

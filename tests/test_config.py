@@ -180,6 +180,15 @@ def test_override(file, override, expected):
   assert found == expected and type(found) is type(expected)
 
 
+def test_a_section_that_the_recipe_leaves_out_can_be_given():
+  quickstart = Path(__file__).parent.parent / "configs" / "quickstart.py"
+  given = ["method.regulariser.name=vicreg", "method.regulariser.weight=0.01"]
+  found = load(quickstart, given).method.regulariser
+  assert found.to_dict() == {"name": "vicreg", "weight": 0.01}
+  with pytest.raises(ValueError, match="--config.method.regularizer is unknown; did you mean"):
+    load(quickstart, ["method.regularizer.name=vicreg"])
+
+
 def test_later_overrides_win(file):
   assert load(file, ["seed=1", "seed=2"]).seed == 2
 

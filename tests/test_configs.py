@@ -38,7 +38,7 @@ ALIKE = {
   "ijepa_vitb": tuple(
     f"ijepa_{size}" for size in ("vitti", "vits", "vitl", "vith14", "vith16_448", "vitg16")
   ),
-  "quickstart": ("ijepa_fashion_mnist",),
+  "cjepa_fashion_mnist": ("ijepa_fashion_mnist",),
   "data2vec2_vitb": ("data2vec2_fashion_mnist",),
   "dinov2_vitl": ("dinov2_fashion_mnist",),
   "lejepa_imagenet": ("lejepa_fashion_mnist",),

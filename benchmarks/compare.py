@@ -20,11 +20,14 @@ import datetime
 import hashlib
 import html
 import json
+import math
 import pathlib
+import re
 import shlex
 import sys
 
 import numpy as np
+from absl import logging
 
 from jepax import config as config_lib
 from jepax import fit, flops, sharding
@@ -33,6 +36,7 @@ from jepax.data.build import build
 from jepax.evals import suite
 from jepax.evals.registry import PROTOCOLS
 from jepax.experiment import prepare
+from jepax.metrics import write_json
 from jepax.names import one_of
 from jepax.planning import aot
 from jepax.planning.plan import without_remat
@@ -84,6 +88,20 @@ class Comparison:
         numbers["time beside the first's"] = numbers["train seconds"] / first["train seconds"]
     return {row: _spread(found[row]) for row in (*self.methods, *CONTROLS)}
 
+  def check(self) -> None:
+    """Raises ValueError or SystemExit for what would fail late, or make a table that misleads."""
+    if self.seeds < 1 or self.limit < 1 or not 0 < self.teraflops < math.inf:
+      raise ValueError("--seeds and --limit must be at least 1, and --teraflops above 0")
+    for option, names in (("--methods", self.methods), ("--evals", self.evals)):
+      if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"{option} must be names by commas, each once; found {','.join(names)!r}")
+    for name in self.evals:
+      one_of(name, PROTOCOLS, where="--evals")
+    taken = [o for o in self.overrides if o.split("=")[0] in ("seed", "total", "checkpoint.keep")]
+    if taken:
+      raise ValueError(f"{taken} are the comparison's own to set; see --seeds and --teraflops")
+    self.check_encoders()
+
   def check_encoders(self) -> None:
     """Raises SystemExit unless all methods train the same encoder."""
     sizes = {}
@@ -102,7 +120,7 @@ class Comparison:
     own = {"teraflops": self.teraflops, "overrides": list(self.overrides)}
     self.out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-      path.write_text(json.dumps(own))
+      write_json(path, own)
     found = json.loads(path.read_text())
     if found != own:
       raise SystemExit(f"{self.out} holds the runs of {found}, not of {own}; give another --out")
@@ -120,7 +138,12 @@ class Comparison:
       return workdir  # of this budget: `_claim` refuses a folder of another
     experiment = prepare(without_remat(self._config(method, seed=seed)))
     each = flops.count(aot.trace(experiment).jaxpr)
-    steps = max(1, round(1e12 * self.teraflops / each))
+    steps = round(1e12 * self.teraflops / each)
+    if steps < 3:  # the first is compilation and is not timed
+      raise SystemExit(
+        f"--teraflops={self.teraflops:g} is {steps} steps of {method}, of {each / 1e9:.3g} GFLOP "
+        "each; give more"
+      )
     config = self._config(method, seed=seed, total=f"{steps} steps")
     print(f"{method}, seed {seed}: {steps} steps of {config.batch_size} images", flush=True)
     found = fit.run(config, workdir)
@@ -149,7 +172,7 @@ class Comparison:
       for subject, numbers in result["scores"].items():
         values = {f"{protocol} {number}": value["mean"] for number, value in numbers.items()}
         scores.setdefault(subject, {}).update(values)
-    path.write_text(json.dumps(scores))
+    write_json(path, scores)
     return scores
 
   def _cost(self, workdir: pathlib.Path) -> dict[str, float]:
@@ -252,16 +275,15 @@ def main() -> None:
   evals = tuple(options["evals"].split(","))
   lists = dict(methods=tuple(options["methods"].split(",")), overrides=tuple(options["overrides"]))
   study = Comparison(**options | lists | {"evals": evals})
-  if study.seeds < 1 or study.teraflops <= 0:
-    raise SystemExit("--seeds must be at least 1 and --teraflops above 0")
+  if not re.fullmatch(r"[\w-]+", name):
+    raise SystemExit(f"--name={name!r} must be letters, digits, '-' and '_': it names files")
+  logging.set_verbosity(logging.ERROR)  # of folders that hold finished runs
   sharding.use_all_cores(rows=32)
   try:
-    for protocol in evals:
-      one_of(protocol, PROTOCOLS, where="--evals")
-    study.check_encoders()
-  except ValueError as error:
-    raise SystemExit(str(error)) from error
-  table = study.run()
+    study.check()
+    table = study.run()
+  except (ValueError, OSError) as error:
+    raise SystemExit(f"error: {error}") from error
   text = (
     f"{study.teraflops:g} TFLOP of training a run, {study.seeds} seed(s), mean ± standard "
     f"deviation, scored on the {study.split} split."

@@ -4,7 +4,8 @@
   python -m jepax.main --config=configs/cifar10_resnet18.py:method=byol,batch=128,epochs=200
 
 The first trains SimCLR; method is one of barlow_twins, byol, simclr, simsiam. Reads TFDS's cifar10,
-which TFDS downloads by itself.
+which TFDS downloads by itself. A folder of your own colour images, one sub-folder a class:
+--config.data.source=folder --config.data.path=PHOTOS.
 
 Not yet run. lightly's k-NN accuracies on the test set (k = 200, the best epoch's):
 

@@ -6,6 +6,8 @@ ViT-Ti at 96 pixels, patches of 8, batches of 64. Labels, if the folder has sub-
 probes alone. On a GPU also set --config.precision=bfloat16; for larger models start from
 configs/ijepa_vits.py, whose batch of 2,048 wants ImageNet's size.
 
+`:smoke` runs on the embedded images; on yours with --config.data.source=folder beside the path.
+
 Not yet run to its end: a recipe for few images, whose result depends on them.
 """
 

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
   if EVALS.value == ["help"]:
     print(describe())
     return
-  with cli.errors(ValueError, FileNotFoundError):
+  with cli.errors(ValueError, OSError):
     results, out = run(argv[1:], command)
   print(suite.table(results["protocols"]))
   print(f"\nreport: {out / 'report.html'}")
@@ -76,6 +76,8 @@ def run(overrides: list[str], command: str) -> tuple[dict[str, Any], Path]:
   if quiet:  # the libraries that open weights and data warn of what is no fault
     logging.set_verbosity(logging.ERROR)
   source = _source()
+  if not EVALS.value:
+    raise ValueError("--evals names no protocol; --evals=help lists them")
   chosen = {name: PROTOCOLS[one_of(name, PROTOCOLS, where="--evals")] for name in EVALS.value}
   out = Path(OUT.value or (Path(source) / "evaluation" if RUN.value else "evaluation"))
   data_config, config = _data_config(overrides)
@@ -90,6 +92,7 @@ def run(overrides: list[str], command: str) -> tuple[dict[str, Any], Path]:
   }
   earlier = _earlier(out, facts)
   data = build(data_config)
+  out.mkdir(parents=True, exist_ok=True)  # what can't be written should not take hours to say so
   if quiet:  # unreadable images are named
     logging.set_verbosity(logging.WARNING)
   protocols = suite.evaluate(
@@ -107,7 +110,6 @@ def run(overrides: list[str], command: str) -> tuple[dict[str, Any], Path]:
     "protocols": protocols,
     "evaluation": {**facts, "command": command},
   }
-  out.mkdir(parents=True, exist_ok=True)
   write_json(out / "results.json", results)  # first: pictures may fail, numbers must not be lost
   _report(out, results, show.gallery(encoders[0], data, batch_size=BATCH.value), command, config)
   return results, out
@@ -119,6 +121,8 @@ def _earlier(out: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: the folder holds results of something else.
   """
+  if out.exists() and not out.is_dir():
+    raise ValueError(f"--out={out} is a file, and results are a folder")
   path = out / "results.json"
   if not path.exists():
     return {}

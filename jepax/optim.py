@@ -196,6 +196,8 @@ def build(section: ConfigDict, *, steps: int, warmup: int, freeze: int = 0) -> O
     "lars": [weight_decay, trust_ratio(), optax.trace(section.b1), rate],
     "sgd": [weight_decay, optax.trace(section.b1), rate],  # decay is part of the gradient
   }[section.name]
+  if section.clip_parts and not section.clip:
+    raise ValueError("optim.clip_parts needs a limit; set optim.clip, for example to 3.0")
   if section.clip:
     clip = clip_parts if section.clip_parts else optax.clip_by_global_norm
     chain.insert(0, clip(section.clip))

@@ -62,6 +62,13 @@ class VarianceCovariance(Regulariser):
   variance: float = 25.0
   covariance: float = 1.0
 
+  def __post_init__(self):
+    super().__post_init__()
+    if min(self.variance, self.covariance) < 0:
+      raise ValueError(
+        f"variance={self.variance} and covariance={self.covariance} must not be negative"
+      )
+
   def penalty(
     self, x: jax.Array, valid: jax.Array | None, key: jax.Array
   ) -> tuple[jax.Array, Metrics]:
@@ -83,6 +90,11 @@ class Gaussian(Regulariser):
   slices: int = 1024
   t_max: float = 3.0
   nodes: int = 17
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.slices < 1:
+      raise ValueError(f"slices must be at least 1, found {self.slices}")
 
   def penalty(
     self, x: jax.Array, valid: jax.Array | None, key: jax.Array

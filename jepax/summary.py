@@ -52,11 +52,17 @@ def make_probe(experiment: Experiment, *, final: bool) -> Probe:
 
 
 def alarms(
-  found: Mapping[str, Mapping[str, float]], *, control: Mapping[str, float] | None
+  found: Mapping[str, Mapping[str, float]], *, control: Mapping[str, float] | None, count: int
 ) -> list[str]:
-  """What collapsed, one text an encoder; `control` are the numbers at random initialisation."""
+  """What collapsed, one text an encoder.
+
+  Args:
+    found: encoder -> its numbers, of `collapse.numbers` and 'dim'.
+    control: the numbers at random initialisation.
+    count: images they are of.
+  """
   texts = [
-    collapse.alarm(branch, numbers, dim=numbers["dim"], control=control)
+    collapse.alarm(branch, numbers, dim=numbers["dim"], count=count, control=control)
     for branch, numbers in found.items()
     if branch != "random_init"
   ]
@@ -107,7 +113,8 @@ def finish(
     shown = _pictures(experiment, state, probe, features[first], encoders[first])
   if jax.process_index() != 0:
     return {"train": {"status": status, "steps": int(state.step)}}
-  results = _results(experiment, workdir, found, status, seconds)
+  count = len(probe.queries["image"])
+  results = _results(experiment, workdir, found, status, seconds, count)
   if predictor is not None:
     results["predictor"] = predictor
   write_json(workdir / "results.json", results)
@@ -125,7 +132,7 @@ def finish(
   return results
 
 
-def _results(experiment, workdir, found, status, seconds) -> dict[str, Any]:
+def _results(experiment, workdir, found, status, seconds, count) -> dict[str, Any]:
   history = read_history(workdir)
   last = {name: value for row in history for name, value in row.items()}
   measured = {name: numbers for name, numbers in found.items() if name != "pixels"}
@@ -135,7 +142,7 @@ def _results(experiment, workdir, found, status, seconds) -> dict[str, Any]:
       name: {k: v for k, v in numbers.items() if k not in SCORES}
       for name, numbers in measured.items()
     },
-    "alarms": alarms(measured, control=measured["random_init"]),
+    "alarms": alarms(measured, control=measured["random_init"], count=count),
     "train": {
       "status": status,
       "steps": int(last["step"]),

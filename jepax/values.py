@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 _LEAVES = (bool, int, float, str)  # of these the type must be exactly this one
 
@@ -15,7 +17,7 @@ def check(value: Any, hint: Any, *, where: str) -> None:
   """Raises ValueError unless a value is of its annotated type and its numbers are finite.
 
   An int serves as a float and a list as a tuple. Annotations other than bool, int, float, str,
-  None, tuples and unions of these are not looked into.
+  None, sections (mappings), tuples and unions of these are not looked into.
 
   Args:
     value: what was found.
@@ -34,6 +36,13 @@ def check_finite(value: Any, *, where: str) -> None:
     raise ValueError(f"{where}: found {value!r}, expected finite numbers")
 
 
+def not_negative(**numbers: float) -> None:
+  """Raises ValueError where one of a method's numbers, by its key in a config, is below 0."""
+  for name, number in numbers.items():
+    if number < 0:
+      raise ValueError(f"method.{name}={number} must not be negative")
+
+
 def _fits(value: Any, hint: Any) -> bool:
   if hint is None or hint is type(None):
     return value is None
@@ -42,6 +51,8 @@ def _fits(value: Any, hint: Any) -> bool:
   arguments = typing.get_args(hint)
   if typing.get_origin(hint) in (typing.Union, types.UnionType):
     return any(_fits(value, option) for option in arguments)
+  if typing.get_origin(hint) is Mapping:
+    return isinstance(value, (Mapping, ConfigDict))
   if typing.get_origin(hint) is tuple:
     return isinstance(value, (tuple, list)) and _items_fit(value, arguments)
   return True
@@ -55,5 +66,7 @@ def _items_fit(values: Iterable[Any], hints: tuple[Any, ...]) -> bool:
 
 
 def _name(hint: Any) -> str:
-  """'int', 'tuple[float, float]', 'float | None'."""
-  return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+  """'int', 'tuple[float, float]', 'float | None', 'a section | None'."""
+  if isinstance(hint, type) and not typing.get_args(hint):
+    return hint.__name__
+  return str(hint).replace("collections.abc.Mapping[str, typing.Any]", "a section")

@@ -185,7 +185,7 @@ def test_a_section_that_the_recipe_leaves_out_can_be_given():
   given = ["method.regulariser.name=vicreg", "method.regulariser.weight=0.01"]
   found = load(quickstart, given).method.regulariser
   assert found.to_dict() == {"name": "vicreg", "weight": 0.01}
-  with pytest.raises(ValueError, match="--config.method.regularizer is unknown; did you mean"):
+  with pytest.raises(ValueError, match=r"--config.method.regularizer is unknown; did you mean"):
     load(quickstart, ["method.regularizer.name=vicreg"])
 
 

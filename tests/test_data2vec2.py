@@ -228,6 +228,7 @@ def test_decoder_ignores_padding():
     (dict(decoder=dict(width=8, depth=1, kernel=2)), "method.decoder: kernel must be odd"),
     (dict(decoder=dict(width=9, depth=1, groups=2)), "groups=2 must divide the decoder's width=9"),
     (dict(masks=dict(ratio=1.5)), "method.masks: ratio"),
+    (dict(noise=-1.0), "method.noise=-1.0 must not be negative"),
   ],
 )
 def test_errors(changes, message):

@@ -251,6 +251,18 @@ def test_crops_have_their_sizes_and_are_crops():
     (dict(temperature=(0.0, 0.07)), "must be above 0"),
     (dict(local_views=-1), "local_views=-1 must not be negative"),
     (dict(local=dict(size=5)), "does not divide"),
+    (dict(koleo_weight=-1.0), "method.koleo_weight=-1.0 must not be negative"),
+    (dict(koleo_group=0), "koleo_group=0 be 2 or more"),
+    (dict(center_momentum=2.0), "center_momentum=2.0 must lie in"),
+    (dict(encoder=dict(variant="tiny")), "method.encoder.patch must be given"),
+    (
+      dict(gram=dict(weight=1.0, start=2.0, every=0.1, copies=1)),
+      "method.gram.start=2.0 must be a share of the run",
+    ),
+    (
+      dict(gram=dict(weight=-1.0, start=0.5, every=0.1, copies=1)),
+      "method.gram: weight and start must not be negative",
+    ),
     (dict(second=dict(size=4)), "method.second.size=4 must be that of the first view, 8"),
     (dict(gram=dict(weight=1.0)), "method.gram lacks"),
     (dict(head=dict(last="weightnorm")), "method.head: last='weightnorm' is unknown"),

@@ -287,8 +287,10 @@ def test_alarm_is_silent_on_small_but_isotropic_features():
 def test_alarm_names_dimensional_collapse_alone_and_beside_a_control():
   rng = np.random.default_rng(0)
   line = rng.normal(size=(200, 1)) * rng.normal(size=(1, 32))
-  message = collapse.alarm("online", collapse.numbers(line), dim=32)
+  message = collapse.alarm("online", collapse.numbers(line), dim=32, count=200)
   assert message.startswith("online encoder: dimensional collapse")
+  two = collapse.numbers(rng.normal(size=(2, 32)))  # which differ in one direction, always
+  assert collapse.alarm("online", two, dim=32, count=2) is None
   assert "of 32 dimensions" in message
 
   three = collapse.numbers(rng.normal(size=(200, 3)) @ rng.normal(size=(3, 32)))

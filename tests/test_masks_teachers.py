@@ -81,6 +81,7 @@ def test_inverse_block_distribution():
     (dict(grid=(4, 4), ratio=1.0), r"ratio must lie in \(0, 1\)"),
     (dict(grid=(2, 2), ratio=0.9), r"keeps 0 of 4 patches.*from 0.25 to 0.75"),
     (dict(grid=(4, 4), block=2), "block must be odd"),
+    (dict(grid=(4, 4), block=5), r"block=5 is wider than the grid of \(4, 4\)"),
     (dict(grid=(4, 4), copies=0), "copies at least 1"),
   ],
 )
@@ -179,6 +180,7 @@ def test_a_sample_keeps_its_masks_in_any_batch():
     (dict(grid=(4, 4), ratio=(0.5, 0.1)), "0 <= low <= high <= 1"),
     (dict(grid=(2, 2), ratio=(0.0, 0.2)), "hides less than one of 4 patches; raise it to 0.25"),
     (dict(grid=(4, 4), aspect=2.0), r"aspect in \(0, 1\]"),
+    (dict(grid=(4, 4), smallest=9), r"smallest=9 .* more than the 8 that .* hides of 16"),
   ],
 )
 def test_crop_blocks_errors(settings, message):

@@ -233,6 +233,7 @@ def test_clip_is_of_the_global_norm():
     ({"clip": -1.0}, r"optim.clip=-1.0"),
     ({"b1": 1.0}, r"optim.b1=1.0 must lie in \[0, 1\)"),
     ({"b2": -0.5}, r"optim.b2"),
+    ({"clip_parts": True}, "optim.clip_parts needs a limit; set optim.clip"),
     ({"warmup": "2 epochs"}, r"optim.warmup='2 epochs' is 11 steps but the run only 10; shorten"),
   ],
 )

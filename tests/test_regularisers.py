@@ -173,6 +173,9 @@ def test_a_regulariser_couples_the_batch():
     (dict(name="vicreg", weight=0.0), "weight must be above 0, found 0.0"),
     (dict(name="sigreg", weight=0.1, on="token"), "on='token' is unknown; did you mean 'tokens'"),
     (dict(name="sigreg"), r"lacks \['weight'\]"),
+    (dict(name="sigreg", weight=1.0, slices=0), "slices must be at least 1, found 0"),
+    (dict(name="vicreg", weight=1.0, covariance=-1.0), "covariance=-1.0 must not be negative"),
+    ("vicreg", r"method.regulariser: found 'vicreg', expected a section \| None"),
     (dict(name="sigreg", weight=0.1, slice=8), "slice is unknown; did you mean 'slices'"),
   ],
 )

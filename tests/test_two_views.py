@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import linen as nn
 
+from jepax.experiment import prepare
 from jepax.methods.byol import BYOL
 from jepax.methods.moco_v3 import MoCoV3
 from jepax.methods.simsiam import SimSiam
 from jepax.methods.two_views import spread
+from jepax.sharding import make_mesh
 
 
 class Linear(nn.Module):
@@ -153,3 +156,35 @@ def test_frozen_patches_lie_where_no_optimizer_reaches_them():
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.grad(loss)(carry)))
   moved = {**carry, "embed": jax.tree.map(lambda x: x + 1, carry["embed"])}
   assert loss(moved) != loss(carry)  # it is used
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "message"),
+  [
+    (
+      "simsiam",
+      dict(projector=()),
+      r"method.projector=\(\) must be hidden widths and the output's",
+    ),
+    ("byol", dict(second=3), r"method.second: found 3, expected a section \| None"),
+    ("simclr", dict(second=[]), r"method.second: found \[\], expected a section"),
+    ("vicreg", dict(variance=-1.0), "method.variance=-1.0 must not be negative"),
+    ("barlow_twins", dict(off_diagonal=-1.0), "method.off_diagonal=-1.0 must not be negative"),
+    ("lejepa", dict(local_views=-1), "method.local_views=-1 must not be negative"),
+    ("lejepa", dict(weight=2.0), r"method.weight=2.0 must lie in \[0, 1\]: 'paper' weighs"),
+    (
+      "simclr",
+      dict(encoder=dict(variant="tiny", stem="cifar")),
+      r"\['stem'\], which variant='tiny'",
+    ),
+  ],
+)
+def test_wrong_settings(name, changes, message):
+  with pytest.raises(ValueError, match=message):
+    prepare(tiny.config(name, **{f"method__{key}": value for key, value in changes.items()}))
+
+
+def test_heads_refuse_a_batch_of_one():
+  mesh = make_mesh(devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match="BatchNorm of a head can't train on one sample"):
+    prepare(tiny.config("simclr", batch_size=1), data=tiny.data(), mesh=mesh)

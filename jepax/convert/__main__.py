@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
 
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.ERROR)
-  with cli.errors(ValueError):
+  with cli.errors(ValueError, OSError):
     weights = source.read(argv[1], heads=HEADS.value, drop=DROP.value)
     weights = weights.at(size=SIZE.value, positions=POSITIONS.value)
     source.write(weights, argv[2], to=TO.value, branch=BRANCH.value)

@@ -74,6 +74,7 @@ def alarm(
   numbers: Mapping[str, float],
   *,
   dim: int,
+  count: int | None = None,
   thresholds: Thresholds | None = None,
   control: Mapping[str, float] | None = None,
 ) -> str | None:
@@ -83,6 +84,7 @@ def alarm(
     branch: the encoder the features came from, 'target' or 'online'.
     numbers: from `numbers`.
     dim: d of the features.
+    count: n of the features, whose differences have n - 1 directions at most; None for many.
     thresholds: other bounds than the defaults.
     control: `numbers` of the same encoder at random initialisation on the same images; then
       the rank that these images give without training is taken into account.
@@ -111,11 +113,14 @@ def alarm(
   if control is not None:
     floor = max(floor, limits.control_share * control["rankme_centred"])
     beside = f", random initialisation has {control['rankme_centred']:.1f}"
+  if count is not None:
+    floor = min(floor, limits.control_share * (count - 1))
   if rank < floor:
     return (
       f"{branch} encoder: dimensional collapse, images differ in about {rank:.1f} of {dim} "
       f"dimensions (centred RankMe {rank:.2f}{beside}; alarm under {floor:.2f}). Try a "
-      "variance-covariance term, a lower learning rate, less weight decay, or a weaker predictor."
+      "lower learning rate or less weight decay, and where the method has them a regulariser on "
+      "variance and covariance, or a weaker predictor."
     )
   return None
 

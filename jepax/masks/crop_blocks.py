@@ -70,6 +70,11 @@ class CropBlocks:
         f"ratio={self.ratio} hides less than one of {self.count} patches; raise it to "
         f"{1 / self.count:.3g} or more"
       )
+    if self.smallest > self.target_size:
+      raise ValueError(
+        f"smallest={self.smallest} patches of a block are more than the {self.target_size} that "
+        f"ratio={self.ratio} hides of {self.count}"
+      )
 
   @property
   def count(self) -> int:

@@ -57,6 +57,8 @@ class InverseBlock:
         f"be kept and one hidden: choose a ratio from {1 / self.count:.3g} to "
         f"{1 - 1 / self.count:.3g}"
       )
+    if self.block > max(self.grid):
+      raise ValueError(f"block={self.block} is wider than the grid of {self.grid} patches")
 
   @property
   def count(self) -> int:

@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jepax import losses
+from jepax import losses, values
 from jepax.config import Run
 from jepax.core import Batch, Carry, LossOut, Params
 from jepax.methods.two_views import TwoViews, build_encoder, build_head, build_views
@@ -77,6 +77,7 @@ def build(
   Raises:
     ValueError: an unknown key, or a value that can't work.
   """
+  values.not_negative(off_diagonal=off_diagonal)
   return BarlowTwins(
     encoder=build_encoder(run, encoder),
     # Its last norm, without scale and shift, is the standardisation that the loss asks for.

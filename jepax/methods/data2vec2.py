@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from jepax import losses
+from jepax import losses, values
 from jepax.config import Run, construct
 from jepax.core import Batch, Carry, Features, LossOut, Params, ema, sample_keys
 from jepax.data.augment import Augment
@@ -207,6 +207,7 @@ def build(
       f"method.momentum={momentum} must be (first, last), 0 <= first <= last <= 1, and "
       f"momentum_share={momentum_share} in (0, 1]"
     )
+  values.not_negative(class_weight=class_weight, noise=noise)
   fixed = dict(where="method.decoder", dtype=run.dtype, out=network.width)
   return Data2Vec2(
     encoder=network,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from jepax import losses_dino
+from jepax import losses_dino, values
 from jepax.config import Run, construct
 from jepax.core import Batch, Carry, Features, LossOut, Params, ema, sample_keys
 from jepax.data.augment import Augment
@@ -42,6 +42,13 @@ class Gram:
   start: int
   every: int
   copies: int
+
+  def __post_init__(self):
+    if self.weight < 0 or self.start < 0 or min(self.every, self.copies) < 1:
+      raise ValueError(
+        f"weight and start must not be negative, every and copies at least 1; found {self.weight}, "
+        f"{self.start}, {self.every}, {self.copies}"
+      )
 
   def refreshes(self, step: jax.Array) -> jax.Array:
     """Whether the Gram teacher is copied before this step, bool[]."""
@@ -311,7 +318,13 @@ def build(
   Raises:
     ValueError: an unknown key, or a value that can't work.
   """
-  _check(momentum, temperature, temperature_share, student_temperature, local_views)
+  _check(momentum, temperature, temperature_share, student_temperature)
+  values.not_negative(local_views=local_views, ibot_weight=ibot_weight, koleo_weight=koleo_weight)
+  if not 0 <= center_momentum <= 1 or (koleo_group is not None and koleo_group < 2):
+    raise ValueError(
+      f"method.center_momentum={center_momentum} must lie in [0, 1], and "
+      f"koleo_group={koleo_group} be 2 or more, or None for the global batch"
+    )
   one_of(centering, ("softmax", "sinkhorn"), where="method.centering")
   same = dict(mean=run.mean, std=run.std)
   first = construct(Augment, views, where="method.views", **same)
@@ -320,6 +333,8 @@ def build(
   size = first.size or run.size
   if (other.size or run.size) != size:
     raise ValueError(f"method.second.size={other.size} must be that of the first view, {size}")
+  if "patch" not in encoder or type(encoder["patch"]) is not int:
+    raise ValueError("method.encoder.patch must be given, a whole number of pixels")
   grid = dataclasses.replace(run, size=size).grid(encoder["patch"])
   network = _encoder(run, encoder, grid)
   dataclasses.replace(run, size=small.size or run.size).grid(network.patch)
@@ -327,6 +342,9 @@ def build(
   shares = dict(gram or {})
   for key in ("start", "every"):
     if key in shares:
+      values.check(shares[key], float, where=f"method.gram.{key}")
+      if not 0 <= shares[key] <= 1:
+        raise ValueError(f"method.gram.{key}={shares[key]} must be a share of the run, 0 to 1")
       shares[key] = max(1, round(shares[key] * run.steps))
   own = None if ibot_head is None else construct(DinoHead, {**head, **ibot_head}, **heads)
   sampler = construct(CropBlocks, masks, where="method.masks", grid=grid, crops=GLOBAL)
@@ -358,7 +376,7 @@ def _encoder(run: Run, encoder: Mapping[str, Any], grid: tuple[int, int]) -> nn.
   return build_vit(run, positions, class_token=True, mask_token=True)
 
 
-def _check(momentum, temperature, share, student_temperature, local_views) -> None:
+def _check(momentum, temperature, share, student_temperature) -> None:
   """Numbers that would fail late, or silently."""
   if not 0 <= momentum[0] <= momentum[1] <= 1:
     raise ValueError(f"method.momentum={momentum} must be (first, last), 0 <= first <= last <= 1")
@@ -367,5 +385,3 @@ def _check(momentum, temperature, share, student_temperature, local_views) -> No
       f"method.temperature={temperature} and student_temperature={student_temperature} must be "
       f"above 0, temperature_share={share} in (0, 1]"
     )
-  if local_views < 0:
-    raise ValueError(f"method.local_views={local_views} must not be negative")

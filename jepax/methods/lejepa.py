@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jepax import values
 from jepax.config import Run, construct
 from jepax.core import Batch, Carry, LossOut, Params
 from jepax.data.augment import Augment
@@ -166,13 +167,20 @@ def build(
   crop = construct(Augment, views, where="method.views", **fixed)
   small = construct(Augment, {**views, **(local or {})}, where="method.local", **fixed)
   one_of(convention, CONVENTIONS, where="method.convention")
+  weight = CONVENTIONS[convention].weight if weight is None else weight
+  values.not_negative(local_views=local_views, weight=weight)
+  if CONVENTIONS[convention].convex and weight > 1:
+    raise ValueError(
+      f"method.weight={weight} must lie in [0, 1]: {convention!r} weighs the two terms by it and 1 "
+      "minus it"
+    )
   return LeJEPA(
     encoder=build_encoder(run, encoder),
     projector=build_head(run, projector, where="method.projector", out_bias=True),
     views=MultiCrop((crop,) * global_views + (small,) * local_views),
     global_views=global_views,
     convention=convention,
-    weight=CONVENTIONS[convention].weight if weight is None else weight,
+    weight=weight,
     slices=slices,
     t_max=t_max,
     nodes=nodes,

@@ -54,12 +54,11 @@ def build(
   Raises:
     ValueError: an unknown key, or a value that can't work.
   """
-  out = projector[-1]
+  head = build_head(run, projector, where="method.projector", bias=False, out_norm="plain")
+  back = (predictor, head.widths[-1])
   return SimSiam(
     encoder=build_encoder(run, encoder),
-    projector=build_head(run, projector, where="method.projector", bias=False, out_norm="plain"),
-    predictor=build_head(
-      run, (predictor, out), where="method.predictor", bias=False, out_bias=True
-    ),
+    projector=head,
+    predictor=build_head(run, back, where="method.predictor", bias=False, out_bias=True),
     views=build_views(run, views, second),
   )

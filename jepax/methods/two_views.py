@@ -181,8 +181,9 @@ def spread(z: jax.Array) -> jax.Array:
   return z.std(0).mean() * z.shape[-1] ** 0.5
 
 
-# What says that a section was written for a ViT.
+# What says that a section was written for a ViT, or for another kind of encoder.
 _VIT_ONLY = ("patch", "heads", "mlp_width", "depth", "activation")
+_CONVOLUTIONAL_ONLY = ("stem", "depths", "bottleneck", "zero_init")
 
 
 def build_encoder(run: Run, encoder: Mapping[str, Any]) -> nn.Module:
@@ -197,12 +198,13 @@ def build_encoder(run: Run, encoder: Mapping[str, Any]) -> nn.Module:
     make = makers[one_of(encoder["variant"], makers, where="method.encoder.variant")]
   if make is not vit:
     fixed = {"drop_path": 0.0} if make is convnext else {}
-    foreign = [name for name in encoder if name in _VIT_ONLY]
-    if foreign:
-      raise ValueError(
-        f"method.encoder has {foreign}, which are a ViT's, and variant={encoder['variant']!r}: to "
-        "train another kind of encoder write the section anew, as configs/cifar10_resnet18.py does"
-      )
+  others = _CONVOLUTIONAL_ONLY if make is vit else _VIT_ONLY
+  foreign = [name for name in encoder if name in others]
+  if foreign and "variant" in encoder:
+    raise ValueError(
+      f"method.encoder has {foreign}, which variant={encoder['variant']!r} does not take: to train "
+      "another kind of encoder write the section anew, as configs/cifar10_resnet18.py does"
+    )
   return construct(make, encoder, where="method.encoder", dtype=run.dtype, **fixed)
 
 

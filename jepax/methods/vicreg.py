@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jepax import losses
+from jepax import losses, values
 from jepax.config import Run
 from jepax.core import Batch, Carry, LossOut, Params
 from jepax.methods.two_views import TwoViews, build_encoder, build_head, build_views
@@ -74,6 +74,7 @@ def build(
   Raises:
     ValueError: an unknown key, or a value that can't work.
   """
+  values.not_negative(invariance=invariance, variance=variance, covariance=covariance)
   return VICReg(
     encoder=build_encoder(run, encoder),
     projector=build_head(run, expander, where="method.expander"),

@@ -28,7 +28,9 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """x: [b d] -> f32[b d], by the mean and the biased variance of the batch."""
+    """x: [b d] -> f32[b d], by the mean and the biased variance of the batch, of 2 rows or more."""
+    if len(x) < 2:
+      raise ValueError("the BatchNorm of a head can't train on one sample; raise batch_size")
     x = x.astype(jnp.float32)
     x = x - x.mean(0)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(0) + self.epsilon)

@@ -46,7 +46,10 @@ def patchify(images: jax.Array, *, patch: int) -> jax.Array:
   chex.assert_rank(images, 4)
   _, h, w, _ = images.shape
   if h % patch or w % patch:
-    raise ValueError(f"images of {h}x{w} pixels do not divide into patches of {patch}")
+    raise ValueError(
+      f"images of {h}x{w} pixels do not divide into patches of {patch}; choose multiples of "
+      f"{patch} for data.size (and sizes of views)"
+    )
   return rearrange(images, "b (gh p) (gw q) c -> b (gh gw) (p q c)", p=patch, q=patch)
 
 

@@ -59,6 +59,10 @@ def instance_norm(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
   return _standardise(x, -2, epsilon)
 
 
+# What is done to a target encoder's tokens before they are predicted.
+TARGET_NORMS = {"layer_norm": layer_norm, "instance_norm": instance_norm, "none": jnp.float32}
+
+
 def normalise(x: jax.Array, *, epsilon: float = 1e-12) -> jax.Array:
   """x / max(|x|, epsilon) over the last axis, in float32; the gradient at 0 is finite."""
   x = x.astype(jnp.float32)

@@ -370,7 +370,7 @@ def test_build_method(name):
     ({"name": None}, "^method.name='None' is unknown"),
     ({"momentm": (0.9, 1.0)}, "^method.momentm is unknown; did you mean 'momentum'"),
     ({"run": 1}, "^method.run is decided by the run"),
-    ({"objective": "huber"}, "^method: objective 'huber' is unknown"),
+    ({"objective": "huber"}, "^method: objective='huber' is unknown"),
     ({"encoder": dict(tiny.ENCODER, dpth=1)}, "^method.encoder.dpth is unknown"),
     ({"encoder": dict(tiny.ENCODER, patch=5)}, "^method.encoder.patch=5 does not divide"),
     ({"predictor": dict(width=15, depth=1)}, "^method.predictor: width=15 does not divide"),

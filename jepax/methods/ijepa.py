@@ -28,6 +28,7 @@ def build(
   views: Mapping[str, Any],
   momentum: tuple[float, float] = (0.996, 1.0),
   objective: str = "smooth_l1",
+  target_norm: str = "layer_norm",
   regulariser: Mapping[str, Any] | None = None,
 ) -> JEPA:
   """I-JEPA for a run.
@@ -41,6 +42,7 @@ def build(
     views: fields of `data.augment.Augment` but mean and std.
     momentum: of the target at the first and the last step, linear between.
     objective: 'smooth_l1' (code) or 'mse' (paper).
+    target_norm: of the targets, 'layer_norm' (code), 'instance_norm' (data2vec's) or 'none'.
     regulariser: name ('vicreg', 'sigreg'), weight and other fields of one in `jepax.regularisers`,
       against collapse; None for none, as in the paper.
 
@@ -66,6 +68,7 @@ def build(
     momentum=linear(*momentum, steps=run.steps),
     grid=grid,
     objective=objective,
+    target_norm=target_norm,
     regulariser=None
     if regulariser is None
     else regularisers.build(regulariser, where="method.regulariser"),

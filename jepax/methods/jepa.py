@@ -16,6 +16,7 @@ from flax import linen as nn
 from jepax import losses
 from jepax.core import Batch, Carry, Features, LossOut, Params, ema, sample_keys
 from jepax.masks.tokens import gather
+from jepax.names import one_of
 from jepax.regularisers import Regulariser
 
 
@@ -29,6 +30,7 @@ class JEPA:
   views: device-side augmentation (keys, images u8) -> f32, with `clean(images)`.
   momentum: step -> EMA momentum of the target.
   objective: name of an elementwise loss in `losses.OBJECTIVES`.
+  target_norm: of the target's tokens, a name in `losses.TARGET_NORMS`.
   grid: patches (rows, columns) of an image.
   regulariser: from `regularisers`, on the context's tokens; None for none. With it the loss couples
     the batch.
@@ -41,6 +43,7 @@ class JEPA:
   momentum: Callable[[jax.Array], jax.Array]
   grid: tuple[int, int]
   objective: str = "smooth_l1"
+  target_norm: str = "layer_norm"
   regulariser: Regulariser | None = None
 
   branches: ClassVar[tuple[str, ...]] = ("target", "online")
@@ -52,9 +55,8 @@ class JEPA:
     return "" if self.regulariser is None else "statistics"
 
   def __post_init__(self):
-    if self.objective not in losses.OBJECTIVES:
-      allowed = sorted(losses.OBJECTIVES)
-      raise ValueError(f"objective {self.objective!r} is unknown; allowed: {allowed}")
+    one_of(self.objective, losses.OBJECTIVES, where="objective")
+    one_of(self.target_norm, losses.TARGET_NORMS, where="target_norm")
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Carry]:
     """Encoder and predictor parameters; the target starts as a copy of the encoder."""
@@ -85,7 +87,7 @@ class JEPA:
 
     # The target encoder sees the whole image; blocks are cut from its output.
     target = self.encoder.apply({"params": carry["target"]}, images)  # [b n d]
-    target = jax.lax.stop_gradient(losses.layer_norm(target))
+    target = jax.lax.stop_gradient(losses.TARGET_NORMS[self.target_norm](target))
     target = gather(target, masks.targets)  # [b m t d]
 
     context = self.encoder.apply({"params": params["encoder"]}, images, masks.context)  # [b k d]

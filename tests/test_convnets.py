@@ -213,7 +213,7 @@ def test_every_method_with_whole_views_takes_them(name):
       "simclr",
       dict(variant="resnet18", patch=7),
       {},
-      r"\['patch'\], which variant='resnet18' does",
+      r"\['patch'\], which variant='resnet18'",
     ),
     ("simclr", {**RESNET, "class_token": True}, {}, "encoder.class_token is unknown"),
     ("simclr", {**RESNET, "stem": "small"}, {}, "stem='small' is unknown.*'cifar'"),

@@ -209,12 +209,7 @@ def test_every_method_with_whole_views_takes_them(name):
     ("mae", dict(variant="convnext_tiny"), {}, "use a ViT, one of .*'tiny'"),
     ("moco_v3", RESNET, {}, "frozen_patches is for a ViT.*set it to False"),
     ("simclr", {**RESNET, "variant": "resnet34"}, {}, "encoder.variant.*'resnet34'.*'resnet50'"),
-    (
-      "simclr",
-      dict(variant="resnet18", patch=7),
-      {},
-      r"\['patch'\], which variant='resnet18'",
-    ),
+    ("simclr", dict(variant="resnet18", patch=7), {}, r"\['patch'\], which variant='resnet18'"),
     ("simclr", {**RESNET, "class_token": True}, {}, "encoder.class_token is unknown"),
     ("simclr", {**RESNET, "stem": "small"}, {}, "stem='small' is unknown.*'cifar'"),
     ("simclr", {**RESNET, "width": 15}, {}, "width=15 must be a positive multiple of 2"),

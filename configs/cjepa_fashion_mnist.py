@@ -4,8 +4,9 @@ python -m jepax.main --config=configs/cjepa_fashion_mnist.py
 
 ijepa_fashion_mnist.py and one more term: features that are spread and uncorrelated over the tokens
 of a batch serve k-NN better than features that only predict one another. Source of the idea: arXiv
-2410.19560, which regularises the mean of a sample's tokens; here it is all tokens, which scored
-higher on images in neither split (79.1 % k-NN against 77.4 %, and 75.3 % without, at 4 TFLOP).
+2410.19560, which regularises the mean of a sample's tokens; here it is all tokens. Chosen on 5,000
+held-out images of the training split, 4 TFLOP, one seed, target's k-NN: tokens 79.1 %, mean of the
+tokens 77.4 %, no regulariser 75.3 %.
 """
 
 from ijepa_fashion_mnist import get_config as ijepa

@@ -2,8 +2,9 @@
 
 python -m jepax.main --config=configs/vicreg_fashion_mnist.py
 
-Not yet run to its end. After 2 TFLOP, three seeds on two cores (`benchmarks/results/compare.md`):
-74.5 % k-NN and 78.5 % linear; the same encoder at random initialisation 63.9 % and 71.7 %.
+Not yet run to its end. After 4 TFLOP on all 60,000 images, three seeds
+(`benchmarks/results/compare.md`): 77.6 % k-NN and 81.2 % linear on the test set; the same encoder
+at random initialisation 66.0 % and 73.7 %.
 """
 
 from _two_views import fashion_mnist

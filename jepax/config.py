@@ -221,7 +221,7 @@ def override(config: ConfigDict, assignment: str) -> None:
 
 def _method_keys(section: ConfigDict) -> Iterable[str]:
   """What the method that a section names can be given."""
-  name = section.get("name", "")
+  name = section.get("name")
   if name not in methods():
     return ()
   return _parameters(importlib.import_module(f"jepax.methods.{name}").build)

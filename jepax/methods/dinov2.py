@@ -319,12 +319,8 @@ def build(
     ValueError: an unknown key, or a value that can't work.
   """
   _check(momentum, temperature, temperature_share, student_temperature)
+  _check_losses(center_momentum, koleo_group)
   values.not_negative(local_views=local_views, ibot_weight=ibot_weight, koleo_weight=koleo_weight)
-  if not 0 <= center_momentum <= 1 or (koleo_group is not None and koleo_group < 2):
-    raise ValueError(
-      f"method.center_momentum={center_momentum} must lie in [0, 1], and "
-      f"koleo_group={koleo_group} be 2 or more, or None for the global batch"
-    )
   one_of(centering, ("softmax", "sinkhorn"), where="method.centering")
   same = dict(mean=run.mean, std=run.std)
   first = construct(Augment, views, where="method.views", **same)
@@ -333,19 +329,10 @@ def build(
   size = first.size or run.size
   if (other.size or run.size) != size:
     raise ValueError(f"method.second.size={other.size} must be that of the first view, {size}")
-  if "patch" not in encoder or type(encoder["patch"]) is not int:
-    raise ValueError("method.encoder.patch must be given, a whole number of pixels")
-  grid = dataclasses.replace(run, size=size).grid(encoder["patch"])
+  grid = dataclasses.replace(run, size=size).grid(_patch(encoder))
   network = _encoder(run, encoder, grid)
   dataclasses.replace(run, size=small.size or run.size).grid(network.patch)
   heads = dict(where="method.head", dtype=run.dtype)
-  shares = dict(gram or {})
-  for key in ("start", "every"):
-    if key in shares:
-      values.check(shares[key], float, where=f"method.gram.{key}")
-      if not 0 <= shares[key] <= 1:
-        raise ValueError(f"method.gram.{key}={shares[key]} must be a share of the run, 0 to 1")
-      shares[key] = max(1, round(shares[key] * run.steps))
   own = None if ibot_head is None else construct(DinoHead, {**head, **ibot_head}, **heads)
   sampler = construct(CropBlocks, masks, where="method.masks", grid=grid, crops=GLOBAL)
   return DINOv2(
@@ -364,8 +351,27 @@ def build(
     koleo_group=koleo_group,
     student_temperature=student_temperature,
     center_momentum=center_momentum,
-    gram=construct(Gram, shares, where="method.gram") if gram else None,
+    gram=_gram(gram, steps=run.steps) if gram else None,
   )
+
+
+def _gram(section: Mapping[str, Any], *, steps: int) -> Gram:
+  """Gram anchoring from a config, where `start` and `every` are shares of the run."""
+  section = dict(section)
+  for key in ("start", "every"):
+    if key in section:
+      values.check(section[key], float, where=f"method.gram.{key}")
+      if not 0 <= section[key] <= 1:
+        raise ValueError(f"method.gram.{key}={section[key]} must be a share of the run, 0 to 1")
+      section[key] = max(1, round(section[key] * steps))
+  return construct(Gram, section, where="method.gram")
+
+
+def _patch(encoder: Mapping[str, Any]) -> int:
+  """The encoder's patch, which the grid is made of before the encoder is."""
+  if "patch" not in encoder or type(encoder["patch"]) is not int:
+    raise ValueError("method.encoder.patch must be given, a whole number of pixels")
+  return encoder["patch"]
 
 
 def _encoder(run: Run, encoder: Mapping[str, Any], grid: tuple[int, int]) -> nn.Module:
@@ -374,6 +380,14 @@ def _encoder(run: Run, encoder: Mapping[str, Any], grid: tuple[int, int]) -> nn.
   if positions["position"] == "learned":
     positions["grid"] = grid
   return build_vit(run, positions, class_token=True, mask_token=True)
+
+
+def _check_losses(center_momentum: float, koleo_group: int | None) -> None:
+  if not 0 <= center_momentum <= 1 or (koleo_group is not None and koleo_group < 2):
+    raise ValueError(
+      f"method.center_momentum={center_momentum} must lie in [0, 1], and "
+      f"koleo_group={koleo_group} be 2 or more, or None for the global batch"
+    )
 
 
 def _check(momentum, temperature, share, student_temperature) -> None:

@@ -10,7 +10,7 @@ import chex
 import jax
 
 from jepax import losses
-from jepax.config import construct
+from jepax.construct import construct
 from jepax.core import Metrics
 from jepax.names import one_of
 from jepax.sigreg import draw_directions, sigreg

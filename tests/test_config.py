@@ -11,7 +11,8 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from jepax import config as config_lib
-from jepax.config import Run, base, build_method, check_keys, construct, duration, flatten, load
+from jepax.config import Run, base, build_method, check_keys, duration, flatten, load
+from jepax.construct import construct
 from jepax.models.vit import ViT, vit
 from jepax.names import nearest, one_of
 

@@ -17,7 +17,8 @@ from einops import rearrange
 from flax import linen as nn
 
 from jepax import losses, values
-from jepax.config import Run, construct
+from jepax.config import Run
+from jepax.construct import construct
 from jepax.core import Batch, Carry, Features, LossOut, Params, ema, sample_keys
 from jepax.data.augment import Augment
 from jepax.masks.inverse_block import InverseBlock

@@ -16,7 +16,8 @@ from einops import rearrange
 from flax import linen as nn
 
 from jepax import losses_dino, values
-from jepax.config import Run, construct
+from jepax.config import Run
+from jepax.construct import construct
 from jepax.core import Batch, Carry, Features, LossOut, Params, ema, sample_keys
 from jepax.data.augment import Augment
 from jepax.data.views import MultiCrop

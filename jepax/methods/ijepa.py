@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jepax import regularisers
-from jepax.config import Run, construct
+from jepax.config import Run
+from jepax.construct import construct
 from jepax.data.augment import Augment
 from jepax.masks.multiblock import MultiBlock
 from jepax.methods.jepa import JEPA

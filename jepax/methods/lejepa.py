@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jepax import values
-from jepax.config import Run, construct
+from jepax.config import Run
+from jepax.construct import construct
 from jepax.core import Batch, Carry, LossOut, Params
 from jepax.data.augment import Augment
 from jepax.data.views import MultiCrop

@@ -13,7 +13,8 @@ import jax
 from flax import linen as nn
 
 from jepax import losses
-from jepax.config import Run, construct
+from jepax.config import Run
+from jepax.construct import construct
 from jepax.core import Batch, Carry, Features, LossOut, Params, sample_keys
 from jepax.data.augment import Augment
 from jepax.masks.random import Random

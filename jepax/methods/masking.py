@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jepax.config import Run, construct
+from jepax.config import Run
+from jepax.construct import construct
 from jepax.models.encoder import CONVOLUTIONAL
 from jepax.models.vit import VARIANTS, ViT, vit
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jepax.config import Run, construct
+from jepax.config import Run
+from jepax.construct import construct
 from jepax.core import Batch, Carry, Features, Params, ema, sample_keys
 from jepax.data.augment import Augment
 from jepax.data.views import MultiCrop

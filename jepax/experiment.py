@@ -19,6 +19,7 @@ from jepax.core import Batch, Features, Metrics, TrainState, init_state, make_tr
 from jepax.data.build import Data
 from jepax.data.build import build as build_data
 from jepax.data.loader import Loader
+from jepax.evals import collapse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,16 @@ class Experiment:
       return images_to_features
 
     return {branch: bind(encode) for branch, encode in self.encode.items()}
+
+  def distances(self, state: TrainState) -> dict[str, dict[str, float]]:
+    """{'target': {'ema_distance': ..}} of a method with a target, else empty."""
+    if "target" not in self.method.branches:
+      return {}
+    target, online = (
+      self.method.weights(state.params, state.carry, branch=branch)
+      for branch in ("target", "online")
+    )
+    return {"target": {"ema_distance": float(collapse.ema_distance(target, online))}}
 
 
 def prepare(

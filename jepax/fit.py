@@ -276,6 +276,8 @@ class Trainer:
     """Probes the encoders {shown name: branch}, writes the numbers, sounds the alarms."""
     encoders = self.experiment.encoders(state)
     found = self.probe({name: encoders[branch] for name, branch in branches.items()})
+    for name, numbers in self.experiment.distances(state).items() if step else ():
+      found[name] |= numbers
     count = len(self.probe.queries["image"])
     for text in summary.alarms(found, control=self.memory.control, count=count):
       self.progress.message(f"ALARM at step {step}: {text}")

@@ -103,6 +103,8 @@ def finish(
     name: {**probe.scores(*both), **collapse.numbers(both[1]), "dim": both[1].shape[1]}
     for name, both in features.items()
   }
+  for name, numbers in experiment.distances(state).items():
+    found[name] |= numbers
   found["pixels"] = probe.scores(pixels(probe.bank["image"]), pixels(probe.queries["image"]))
   # All processes compute what follows from a sharded state; the first alone keeps books.
   predictor = None

@@ -284,6 +284,21 @@ def test_alarm_is_silent_on_small_but_isotropic_features():
   assert collapse.alarm("online", collapse.numbers(z), dim=16) is None
 
 
+def test_alarm_on_a_target_that_stands_still_or_is_lost_or_is_no_average():
+  z = np.random.default_rng(0).normal(size=(200, 16))
+  fresh, moved = collapse.numbers(z), collapse.numbers(1.001 * z)
+  assert "has not moved" in collapse.alarm("target", fresh, dim=16, control=fresh)
+  for distance, text in ((0.0, "equals the online"), (1.2, "no longer follows"), (0.3, None)):
+    found = collapse.alarm("target", moved | {"ema_distance": distance}, dim=16, control=fresh)
+    assert found is None if text is None else text in found
+
+
+def test_ema_distance():
+  online = {"a": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}
+  target = online | {"a": jnp.zeros(2)}
+  assert float(collapse.ema_distance(target, online)) == pytest.approx(3 / 5)
+
+
 def test_alarm_names_dimensional_collapse_alone_and_beside_a_control():
   rng = np.random.default_rng(0)
   line = rng.normal(size=(200, 1)) * rng.normal(size=(1, 32))

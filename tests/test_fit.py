@@ -39,6 +39,7 @@ def test_results(finished):
     assert all(0 <= accuracy <= 1 for accuracy in results[probe].values())
   assert results["knn"]["pixels"] > 0.9  # the bars are easy: the probe and its labels line up
   assert results["collapse"].keys() == ENCODERS
+  assert 0 < results["collapse"]["target"]["ema_distance"] < 1
   assert results["alarms"] == []
   assert results["predictor"]["place_chance"] == 1 / 16 and 0 <= results["predictor"]["image"] <= 1
 
@@ -48,6 +49,7 @@ def test_history(finished):
   assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 11))
   assert [row["step"] for row in rows if "knn/target" in row] == [5]
   assert [row["step"] for row in rows if "knn/random_init" in row] == [0]
+  assert any(0 < row.get("collapse/target_ema_distance", 0) < 1 for row in rows)
   last = rows[-1]
   for name in ("schedule/momentum", "schedule/learning_rate", "input/wait", "mask/context_tokens"):
     assert np.isfinite(last[name])

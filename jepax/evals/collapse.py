@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jepax.evals import checks
 
@@ -26,6 +28,7 @@ class Thresholds:
   cosine: complete collapse above it; the spread is then under 1 % of the features' size.
   feature_std: complete collapse under it, if the cosine is also above `aligned`: a spread that
     is small but points every way is a small scale, not collapse.
+  ema_distance: the target has lost its encoder above it; two random ones are at 1.4.
   rankme_centred: dimensional collapse under it, in dimensions.
   control_share: dimensional collapse under this share of the control's centred RankMe.
   """
@@ -35,6 +38,14 @@ class Thresholds:
   aligned: float = 0.95
   rankme_centred: float = 1.5
   control_share: float = 0.5
+  ema_distance: float = 1.0
+
+
+@jax.jit
+def ema_distance(target: Any, online: Any) -> jax.Array:
+  """|online - target| / |online| over all weights, f32[]: how far a target trails its encoder."""
+  difference = jax.tree.map(jnp.subtract, online, target)
+  return optax.tree.norm(difference) / optax.tree.norm(online)
 
 
 def numbers(features: jax.Array | np.ndarray) -> dict[str, float]:
@@ -82,7 +93,7 @@ def alarm(
 
   Args:
     branch: the encoder the features came from, 'target' or 'online'.
-    numbers: from `numbers`.
+    numbers: from `numbers`; of a target also `ema_distance`, where it is known.
     dim: d of the features.
     count: n of the features, whose differences have n - 1 directions at most; None for many.
     thresholds: other bounds than the defaults.
@@ -95,6 +106,12 @@ def alarm(
     return (
       f"{branch} encoder: its features are not finite, so training has diverged. Try a lower "
       "learning rate, a longer warm-up, gradient clipping, or float32."
+    )
+  if control is not None and all(numbers[name] == control[name] for name in NUMBERS):
+    return (
+      f"{branch} encoder: after training it gives to the bit what it gave at random "
+      "initialisation, so it has not moved. Check that its momentum is below 1 and that the "
+      "learning rate is not 0."
     )
   small = std < limits.feature_std and cosine > limits.aligned
   if small or cosine > limits.cosine:
@@ -121,6 +138,18 @@ def alarm(
       f"dimensions (centred RankMe {rank:.2f}{beside}; alarm under {floor:.2f}). Try a "
       "lower learning rate or less weight decay, and where the method has them a regulariser on "
       "variance and covariance, or a weaker predictor."
+    )
+  distance = numbers.get("ema_distance")
+  if distance == 0:
+    return (
+      f"{branch} encoder: it equals the online one, so nothing is averaged. Check that its "
+      "momentum is above 0 and that the learning rate is not 0."
+    )
+  if distance is not None and distance > limits.ema_distance:
+    return (
+      f"{branch} encoder: its weights differ from the online ones by {distance:.2g} of their norm "
+      f"(alarm over {limits.ema_distance:g}), so it no longer follows them. Try a lower momentum, "
+      "a lower learning rate, or more weight decay."
     )
   return None
 

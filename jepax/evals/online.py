@@ -77,6 +77,6 @@ def flatten(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     for name, value in numbers.items():
       if name in SCORES:
         row[f"{name}/{branch}"] = value
-      elif name in collapse.NUMBERS:
+      elif name in (*collapse.NUMBERS, "ema_distance"):
         row[f"collapse/{branch}_{name}"] = value
   return row

@@ -29,6 +29,7 @@ COLLAPSE = {
   "cosine": ("Mean pairwise cosine", "1 is complete collapse"),
   "rankme": ("RankMe", "effective dimensions"),
   "rankme_centred": ("RankMe, centred", "effective dimensions of the differences"),
+  "ema_distance": ("Target's distance", "from the online weights, of their norm"),
 }
 
 History = Sequence[Mapping[str, Any]]

@@ -6,7 +6,8 @@ ijepa_fashion_mnist.py and one more term: features that are spread and uncorrela
 of a batch serve k-NN better than features that only predict one another. Source of the idea: arXiv
 2410.19560, which regularises the mean of a sample's tokens; here it is all tokens. Chosen on 5,000
 held-out images of the training split, 4 TFLOP, one seed, target's k-NN: tokens 79.1 %, mean of the
-tokens 77.4 %, no regulariser 75.3 %.
+tokens 77.4 %, no regulariser 75.3 %. After 36 TFLOP on all 60,000 images, three seeds: k-NN 85.5 %
+and linear 85.6 % on the test set, where raw pixels have 84.6 % and 83.4 % (docs/study.md).
 """
 
 from ijepa_fashion_mnist import get_config as ijepa

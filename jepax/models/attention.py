@@ -68,9 +68,5 @@ def _plain(q, k, v, valid):
   )
   if valid is not None:
     logits = jnp.where(valid[:, None, None, :], logits, -1e30)  # finite: a row without keys is 0/0
-  # The sum divides what the values add up to, [n e], and not the weights, [n m]: forward and back a
-  # pass less over the largest arrays of the block.
-  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-  total = weights.sum(-1, keepdims=True)
-  y = jnp.einsum("bhnm,bhme->bhne", weights.astype(v.dtype), v)
-  return (y / total).astype(q.dtype).swapaxes(1, 2)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  return jnp.einsum("bhnm,bhme->bhne", weights, v).swapaxes(1, 2)

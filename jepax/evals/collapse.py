@@ -139,16 +139,20 @@ def alarm(
       "lower learning rate or less weight decay, and where the method has them a regulariser on "
       "variance and covariance, or a weaker predictor."
     )
-  distance = numbers.get("ema_distance")
+  return _distance_alarm(branch, numbers.get("ema_distance"), limits.ema_distance)
+
+
+def _distance_alarm(branch: str, distance: float | None, limit: float) -> str | None:
+  """Of a target that is no average, or has lost its encoder."""
   if distance == 0:
     return (
       f"{branch} encoder: it equals the online one, so nothing is averaged. Check that its "
       "momentum is above 0 and that the learning rate is not 0."
     )
-  if distance is not None and distance > limits.ema_distance:
+  if distance is not None and distance > limit:
     return (
       f"{branch} encoder: its weights differ from the online ones by {distance:.2g} of their norm "
-      f"(alarm over {limits.ema_distance:g}), so it no longer follows them. Try a lower momentum, "
+      f"(alarm over {limit:g}), so it no longer follows them. Try a lower momentum, "
       "a lower learning rate, or more weight decay."
     )
   return None

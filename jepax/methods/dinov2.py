@@ -319,8 +319,9 @@ def build(
   Raises:
     ValueError: an unknown key, or a value that can't work.
   """
-  _check(momentum, temperature, temperature_share, student_temperature)
-  _check_losses(center_momentum, koleo_group)
+  _check(
+    momentum, temperature, temperature_share, student_temperature, center_momentum, koleo_group
+  )
   values.not_negative(local_views=local_views, ibot_weight=ibot_weight, koleo_weight=koleo_weight)
   one_of(centering, ("softmax", "sinkhorn"), where="method.centering")
   same = dict(mean=run.mean, std=run.std)
@@ -383,16 +384,13 @@ def _encoder(run: Run, encoder: Mapping[str, Any], grid: tuple[int, int]) -> nn.
   return build_vit(run, positions, class_token=True, mask_token=True)
 
 
-def _check_losses(center_momentum: float, koleo_group: int | None) -> None:
+def _check(momentum, temperature, share, student_temperature, center_momentum, koleo_group) -> None:
+  """Numbers that would fail late, or silently."""
   if not 0 <= center_momentum <= 1 or (koleo_group is not None and koleo_group < 2):
     raise ValueError(
       f"method.center_momentum={center_momentum} must lie in [0, 1], and "
       f"koleo_group={koleo_group} be 2 or more, or None for the global batch"
     )
-
-
-def _check(momentum, temperature, share, student_temperature) -> None:
-  """Numbers that would fail late, or silently."""
   if not 0 <= momentum[0] <= momentum[1] <= 1:
     raise ValueError(f"method.momentum={momentum} must be (first, last), 0 <= first <= last <= 1")
   if min(*temperature, student_temperature) <= 0 or not 0 < share <= 1:

@@ -17,6 +17,8 @@ import statistics
 import subprocess
 import sys
 
+from jepax import huge_pages
+
 HERE = pathlib.Path(__file__).parent
 BOTH = ("method.encoder", "method.predictor")
 
@@ -50,7 +52,10 @@ def measure(spec: str, options: argparse.Namespace) -> dict:
   """One process's times, see `step_time.run_jepax`."""
   command = [sys.executable, str(HERE / "step_time.py"), f"--worker={spec}"]
   command += [f"--steps={options.steps}", "--warmup=3"]
-  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent, check=True)
+  environment = os.environ | huge_pages.environment()  # as jepax.main has it
+  done = subprocess.run(
+    command, env=environment, stdout=subprocess.PIPE, text=True, cwd=HERE.parent, check=True
+  )
   return json.loads(done.stdout.splitlines()[-1])
 
 

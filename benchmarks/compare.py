@@ -30,7 +30,7 @@ import numpy as np
 from absl import logging
 
 from jepax import config as config_lib
-from jepax import fit, flops, sharding
+from jepax import fit, flops, huge_pages, sharding
 from jepax.convert import source
 from jepax.data.build import build
 from jepax.evals import suite
@@ -300,4 +300,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  huge_pages.restart_with()
   main()

@@ -22,6 +22,8 @@ import sys
 
 import step_time
 
+from jepax import huge_pages
+
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
 
@@ -48,7 +50,7 @@ def rows(counts: list[int], *, batch: int, cpu: bool) -> list[Row]:
 
 def measure(row: Row, spec: str, options: argparse.Namespace, *, cpu: bool) -> None:
   """Times a row once."""
-  environment = dict(os.environ)
+  environment = os.environ | huge_pages.environment()
   command = [sys.executable, str(HERE / "scaling.py"), f"--worker={spec},batch_size={row.batch}"]
   command.append(f"--steps={options.steps}")
   if row.processes > 1:

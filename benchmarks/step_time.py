@@ -27,6 +27,8 @@ import time
 
 import numpy as np
 
+from jepax import huge_pages
+
 HERE = pathlib.Path(__file__).parent
 CASES = (
   "configs/quickstart.py",
@@ -238,7 +240,8 @@ def main() -> None:
     return
   if options.reference is None or not (options.reference / "src" / "train.py").is_file():
     raise SystemExit("--reference must be a checkout of facebookresearch/ijepa")
-  environment = dict(os.environ)
+  added = huge_pages.environment()  # every side gets what jepax.main has
+  environment = os.environ | added
   os.environ["JAX_PLATFORMS"] = "cpu"  # this process only looks at shapes
   from jepax.versions import environment as versions
 
@@ -254,6 +257,7 @@ def main() -> None:
   shown = [f"{n}={paths[n]}" if n in paths else w for n, w in zip(words, sys.argv[1:], strict=True)]
   command = " ".join(["python", "benchmarks/step_time.py", *shown])
   notes = {"date": datetime.date.today().isoformat(), "command": command, **versions()}
+  notes |= {f"{name}, every side": value for name, value in added.items()}
   path = HERE / "results" / "step_time.json"
   path.write_text(json.dumps({"notes": notes, "results": results}, indent=1) + "\n")
   text = ["# A training step beside the reference's", table(results)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from jepax import cli, distributed
+from jepax import cli, distributed, huge_pages
 from jepax import config as config_lib
 
 CONFIG = flags.DEFINE_string(
@@ -109,4 +109,5 @@ def print_results(results: dict, workdir: Path) -> None:
 
 
 if __name__ == "__main__":
+  huge_pages.restart_with()
   app.run(main, flags_parser=functools.partial(cli.parse, prefix="--config."))

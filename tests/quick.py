@@ -7,5 +7,9 @@ XLA_FLAGS = ""
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
-# Of a process of its own.
-ENVIRONMENT = {"XLA_FLAGS": XLA_FLAGS, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# Of a process of its own, which starts once (jepax.huge_pages).
+ENVIRONMENT = {
+  "XLA_FLAGS": XLA_FLAGS,
+  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  "GLIBC_TUNABLES": "",
+}

@@ -5,7 +5,9 @@ brings it to full size and turns all pixels to RGB; here each plane is cut and r
 and only the result is turned to RGB, so that less is computed and less resized. The smoother
 interpolation of colour that libjpeg does in between is left out.
 
-Takes whole 8-bit colour JPEGs of the usual kinds; all others are left to `jepax.data.opencv`.
+Takes whole 8-bit colour JPEGs of the usual kinds, where the crop needs them at full size; all else
+is left to `jepax.data.opencv`. (At a half, libjpeg can do better than planes at a half: it decodes
+colour at as many pixels as brightness.)
 """
 
 from __future__ import annotations
@@ -94,12 +96,14 @@ class Picture(opencv.Picture):
     self, box: tuple[int, int, int, int], size: tuple[int, int], reduction: int, interpolation: str
   ) -> np.ndarray | None:
     try:
-      planes = self.factors and require().decode_to_yuv_planes(self.source, (1, reduction))
+      planes = (
+        require().decode_to_yuv_planes(self.source) if self.factors and reduction == 1 else ()
+      )
     except _FAILED:
-      planes = None
-    if planes is None:
+      planes = ()
+    if not planes:
       return super()._cut(box, size, reduction, interpolation)
-    top, left, height, width = (n / reduction for n in box)
+    top, left, height, width = box
     y, cb, cr = (
       opencv.resize(
         plane[..., None],

@@ -32,7 +32,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageOps
 
-from jepax.data import origins, packing
+from jepax.data import opencv, origins, packing
 from jepax.data.decode import Encoded
 from jepax.data.loader import Loader
 from jepax.data.shards import open_shards
@@ -103,15 +103,24 @@ def pillow_pipeline(scale: tuple[float, float]) -> Callable[[bytes, int], np.nda
 
 def jepax_pipeline(scale: tuple[float, float], decoder: str) -> Callable[[bytes, int], np.ndarray]:
   """jepax's crop; the flip, which it does on the device, is done here as well."""
+  flip = opencv_flip if decoder in FAST else pillow_flip
   crop = RandomResizedCrop(SIDE, scale, decoder=decoder)
 
   def run(data: bytes, seed: int) -> np.ndarray:
     image = Encoded(data, 3, "photo")
     image = image if decoder in FAST else image.decode()
     out = crop(image, np.random.default_rng(seed))
-    return np.ascontiguousarray(out[:, ::-1]) if seed % 2 else out
+    return flip(out) if seed % 2 else out
 
   return run
+
+
+def pillow_flip(image: np.ndarray) -> np.ndarray:
+  return np.asarray(Image.fromarray(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+
+
+def opencv_flip(image: np.ndarray) -> np.ndarray:
+  return opencv.require().flip(image, 1)
 
 
 def installed() -> list[str]:

@@ -26,10 +26,9 @@ from jepax.data.decode import UNREADABLE, BadExample, Encoded, decode
 _REDUCTIONS = (8, 4, 2)
 _SMOOTHED = math.sqrt(5)  # three weights smooth enough for this factor: they are equal there
 END = b"\xff\xd9"  # of a JPEG; cut ones lack it, and OpenCV would fill what is missing with grey
-# How rows and columns run in the upright image, by EXIF orientation; from 5 on they change places.
-_STEPS = {
-  1: (1, 1), 2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)
-}  # fmt: skip
+# What turns the stored pixels upright, by EXIF orientation: the axes that OpenCV flips (0 rows,
+# 1 columns, -1 both), after rows and columns have changed places from 5 on.
+_FLIPS = {1: None, 2: 1, 3: -1, 4: 0, 5: None, 6: 1, 7: -1, 8: 0}
 _TRANSPOSED = 5
 
 
@@ -78,7 +77,7 @@ class Picture:
     if not plain:
       pixels = decode(data, channels=image.channels, name=image.name)
       return cls(*pixels.shape[:2], pixels, image.channels, image.name)
-    if orientation not in _STEPS:
+    if orientation not in _FLIPS:
       orientation = 1  # as Pillow does with tags that mean nothing
     if orientation >= _TRANSPOSED:
       height, width = width, height
@@ -104,13 +103,10 @@ class Picture:
     if isinstance(self.source, bytes):
       smallest = min(box[2] / size[0], box[3] / size[1])
       reduction = next((r for r in _REDUCTIONS if r <= smallest), 1)
-      turned = self.orientation >= _TRANSPOSED
-      shape = size[::-1] if turned else size
-      pixels = self._cut(self._stored(box), shape, reduction, interpolation)
+      stored = size[::-1] if self.orientation >= _TRANSPOSED else size
+      pixels = self._cut(self._stored(box), stored, reduction, interpolation)
     if pixels is not None:
-      pixels = pixels.swapaxes(0, 1) if turned else pixels
-      down, across = _STEPS[self.orientation]
-      return np.ascontiguousarray(pixels[::down, ::across])
+      return self._upright(pixels)
     pixels = self.source
     if isinstance(pixels, bytes):  # Pillow takes it, or says why not
       pixels = decode(pixels, channels=self.channels, name=self.name)
@@ -119,12 +115,23 @@ class Picture:
   def _stored(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """A box of the upright image in the pixels as they are stored."""
     top, left, height, width = box
-    down, across = _STEPS[self.orientation]
-    top = top if down == 1 else self.height - top - height
-    left = left if across == 1 else self.width - left - width
+    flip = _FLIPS[self.orientation]
+    if flip in (0, -1):
+      top = self.height - top - height
+    if flip in (1, -1):
+      left = self.width - left - width
     if self.orientation >= _TRANSPOSED:
       return left, top, width, height
     return top, left, height, width
+
+  def _upright(self, pixels: np.ndarray) -> np.ndarray:
+    """Turns stored pixels; by OpenCV, which takes a tenth of NumPy's time."""
+    cv2, flip = require(), _FLIPS[self.orientation]
+    if self.orientation >= _TRANSPOSED:
+      pixels = cv2.transpose(pixels)
+    if flip is not None:
+      pixels = cv2.flip(pixels, flip)
+    return np.ascontiguousarray(pixels).reshape(*pixels.shape[:2], self.channels)
 
   def _cut(
     self, box: tuple[int, int, int, int], size: tuple[int, int], reduction: int, interpolation: str

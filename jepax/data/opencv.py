@@ -176,27 +176,28 @@ def resize(
   """
   cv2 = require()
   methods = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
-  starts, shape = ((0, 0), image.shape[:2]) if box is None else (box[:2], box[2:])
-  rows, columns = (
-    slice(math.floor(start), math.ceil(start + length))
-    for start, length in zip(starts, shape, strict=True)
-  )
-  channels, image = image.shape[-1], image[rows, columns]
-  fine = tuple(n * max(1, math.ceil(m / (_SMOOTHED * n))) for m, n in zip(shape, size, strict=True))
-  shift = [start % 1 for start in starts]
-  if max(shift) > 0:
-    image = _shifted(image, *shift)
-  if interpolation != "area" and (fine[0] < shape[0] or fine[1] < shape[1]):
-    down, across = (_weights(m / n, d) for m, n, d in zip(shape, fine, shift, strict=True))
-    image = cv2.sepFilter2D(image, -1, across, down, borderType=cv2.BORDER_REPLICATE)
-  if image.shape[:2] != fine:
-    # By factors rather than to a size: the box may end within a pixel.
-    fy, fx = (n / m for n, m in zip(fine, shape, strict=True))
+  channels, box = image.shape[-1], box or (0, 0, *image.shape[:2])
+  rows, down, height, fy = _axis(box[0], box[2], size[0])
+  columns, across, width, fx = _axis(box[1], box[3], size[1])
+  image = image[rows, columns]
+  if down or across:
+    image = _shifted(image, down, across)
+  if interpolation != "area" and (fy < 1 or fx < 1):
+    weights = (_weights(fx, across), _weights(fy, down))
+    image = cv2.sepFilter2D(image, -1, *weights, borderType=cv2.BORDER_REPLICATE)
+  if fy != 1 or fx != 1:  # by factors rather than to a size, as the box may end within a pixel
     image = cv2.resize(image, None, fx=fx, fy=fy, interpolation=methods[interpolation])
-    image = image[: fine[0], : fine[1]]
-  if fine != size:
+  image = image[:height, :width]
+  if (height, width) != size:
     image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
   return image.reshape(*size, channels)
+
+
+def _axis(start: float, length: float, size: int) -> tuple[slice, float, int, float]:
+  """Of one axis: the pixels that are touched, how far into the first the box begins, the size
+  before the averaging over blocks, and the factor to it."""
+  fine = size * max(1, math.ceil(length / (_SMOOTHED * size)))
+  return slice(math.floor(start), math.ceil(start + length)), start % 1, fine, fine / length
 
 
 def _shifted(image: np.ndarray, down: float, across: float) -> np.ndarray:
@@ -211,11 +212,11 @@ def _shifted(image: np.ndarray, down: float, across: float) -> np.ndarray:
   return image
 
 
-def _weights(shrink: float, shift: float) -> np.ndarray:
-  """Of three pixels, f64[3]: what smooths an axis that shrinks by a factor, given its shift.
+def _weights(factor: float, shift: float) -> np.ndarray:
+  """Of three pixels, f64[3]: what smooths an axis resized by a factor, given its shift.
 
   Triangles half as wide as s pixels and as 1 have the variances s^2 / 6 and 1 / 6, so the weights
   (a, 1 - 2a, a), of variance 2a, make up the difference, less what shifting has smoothed.
   """
-  a = max(0.0, (shrink * shrink - 1) / 12 - shift * (1 - shift) / 2)
+  a = max(0.0, (factor**-2 - 1) / 12 - shift * (1 - shift) / 2)
   return np.array([a, 1 - 2 * a, a])

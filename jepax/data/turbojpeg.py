@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,12 @@ from jepax.data.decode import Encoded
 if TYPE_CHECKING:
   from turbojpeg import TurboJPEG
 
-_FAILED = (OSError, ValueError, UserWarning)  # on what is damaged, or of a kind that it lacks
+_FAILED = (
+  OSError,
+  ValueError,
+  KeyError,
+  UserWarning,
+)  # on what is damaged, or of a kind that it lacks
 _YCBCR = 1  # libjpeg-turbo's TJCS_YCbCr
 # Rows and columns of the image to one of Cb and Cr, by its TJSAMP_444, _422, _420, _440 and _411.
 _SAMPLINGS = {0: (1, 1), 1: (1, 2), 2: (2, 2), 4: (2, 1), 5: (1, 4)}
@@ -80,28 +86,26 @@ class Picture(opencv.Picture):
     """Reads the header of an encoded image; raises BadExample where it can't be read."""
     if isinstance(image, np.ndarray) or image.channels == 1:  # OpenCV decodes Y alone as well
       return super().of(image)
-    data = image.read()
-    image = dataclasses.replace(image, file=data)
+    data, factors = image.read(), None
     try:
       width, height, sampling, space = require().decode_header(data)
+      factors = _SAMPLINGS.get(sampling) if space == _YCBCR else None
+      whole = data.endswith(opencv.END) and width * height <= (Image.MAX_IMAGE_PIXELS or math.inf)
+      if factors and whole and not _has_notes(data):
+        return cls(height, width, data, image.channels, image.name, factors=factors)
     except _FAILED:
-      return super().of(image)
-    factors = _SAMPLINGS.get(sampling) if space == _YCBCR else None
-    plain = data.endswith(opencv.END) and width * height <= Image.MAX_IMAGE_PIXELS
-    if factors and plain and not _has_notes(data):
-      return cls(height, width, data, image.channels, image.name, factors=factors)
-    return dataclasses.replace(super().of(image), factors=factors)
+      pass  # Pillow reads it, or says why not
+    found = super().of(dataclasses.replace(image, file=data))
+    return dataclasses.replace(found, factors=factors)
 
   def _cut(
     self, box: tuple[int, int, int, int], size: tuple[int, int], reduction: int, interpolation: str
   ) -> np.ndarray | None:
+    if self.factors is None or reduction > 1:
+      return super()._cut(box, size, reduction, interpolation)
     try:
-      planes = (
-        require().decode_to_yuv_planes(self.source) if self.factors and reduction == 1 else ()
-      )
+      planes = require().decode_to_yuv_planes(self.source)
     except _FAILED:
-      planes = ()
-    if not planes:
       return super()._cut(box, size, reduction, interpolation)
     top, left, height, width = box
     y, cb, cr = (

@@ -1,4 +1,4 @@
-"""Images a CPU-second: torchvision on Pillow against jepax with either decoder; and the loader.
+"""Images a CPU-second: torchvision on Pillow against jepax with each decoder; and the loader.
 
   python benchmarks/input.py PHOTOS... [--rounds=7] [--count=24] [--out=benchmarks/results]
 
@@ -6,6 +6,7 @@ PHOTOS are image files or folders of them; every one is cut to 4:3 and stored as
 90 at 500x375 and at 1600x1200 in memory. Then decode, random resized crop to 224 and a flip of
 every second image, by each side in turn on the same bytes, in one thread, in CPU time of the
 process. Without torchvision the same operations are written with Pillow; the result says which.
+Decoders that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -35,12 +37,25 @@ from jepax.data.decode import Encoded
 from jepax.data.loader import Loader
 from jepax.data.shards import open_shards
 from jepax.data.sources import IMAGE_SUFFIXES
-from jepax.data.transforms import DECODERS, RandomResizedCrop
+from jepax.data.transforms import DECODERS, FAST, RandomResizedCrop
 
-try:
-  from torchvision import transforms as torchvision
-except ImportError:  # the same operations are then written here
-  torchvision = None
+
+def _torchvision() -> ModuleType | None:
+  """torchvision.transforms, or None: the same operations are then written here."""
+  try:
+    import torch
+    from torchvision import transforms
+  except ImportError:
+    return None
+  except RuntimeError:  # built for another torch; no operator is called, so their names are enough
+    names = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+      names.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from torchvision import transforms
+  return transforms
+
+
+torchvision = _torchvision()
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 SIZES = ((500, 375), (1600, 1200))  # the mean of ImageNet, and a photo of a phone scaled down
@@ -88,22 +103,46 @@ def pillow_pipeline(scale: tuple[float, float]) -> Callable[[bytes, int], np.nda
 
 def jepax_pipeline(scale: tuple[float, float], decoder: str) -> Callable[[bytes, int], np.ndarray]:
   """jepax's crop; the flip, which it does on the device, is done here as well."""
+  flip = opencv_flip if decoder in FAST else pillow_flip
   crop = RandomResizedCrop(SIDE, scale, decoder=decoder)
 
   def run(data: bytes, seed: int) -> np.ndarray:
     image = Encoded(data, 3, "photo")
-    image = image if decoder == "opencv" else image.decode()
+    image = image if decoder in FAST else image.decode()
     out = crop(image, np.random.default_rng(seed))
-    return np.ascontiguousarray(out[:, ::-1]) if seed % 2 else out
+    return flip(out) if seed % 2 else out
 
   return run
 
 
-def pipelines(scale: tuple[float, float]) -> dict[str, Callable[[bytes, int], np.ndarray]]:
+def pillow_flip(image: np.ndarray) -> np.ndarray:
+  return np.asarray(Image.fromarray(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+
+
+def opencv_flip(image: np.ndarray) -> np.ndarray:
+  return opencv.require().flip(image, 1)
+
+
+def installed() -> list[str]:
+  """The decoders that can be measured here; says why the others can't."""
+  found = []
+  for decoder in DECODERS:
+    try:
+      if decoder in FAST:
+        FAST[decoder].require()
+      found.append(decoder)
+    except ValueError as error:
+      print(f"{decoder} is left out: {error}", file=sys.stderr)
+  return found
+
+
+def pipelines(
+  scale: tuple[float, float], decoders: list[str]
+) -> dict[str, Callable[[bytes, int], np.ndarray]]:
   """Every side by its name; the reference first."""
   reference = pillow_pipeline if torchvision is None else torchvision_pipeline
   return {"reference": reference(scale)} | {
-    decoder: jepax_pipeline(scale, decoder) for decoder in DECODERS
+    decoder: jepax_pipeline(scale, decoder) for decoder in decoders
   }
 
 
@@ -115,9 +154,11 @@ def rate(pipeline: Callable, photos: list[bytes], seeds: range) -> float:
   return len(photos) * len(seeds) / (time.process_time() - start)
 
 
-def measure(photos: list[bytes], scale: tuple[float, float], rounds: int, count: int) -> dict:
+def measure(
+  photos: list[bytes], scale: tuple[float, float], rounds: int, count: int, decoders: list[str]
+) -> dict:
   """Median rates over rounds in which the sides take turns, and the ratios of each round."""
-  sides = pipelines(scale)
+  sides = pipelines(scale, decoders)
   found = {name: [] for name in sides}
   seeds = range(max(1, count // len(photos)))
   for _ in range(rounds + 1):  # the first warms up
@@ -128,25 +169,36 @@ def measure(photos: list[bytes], scale: tuple[float, float], rounds: int, count:
     decoder: statistics.median(
       a / b for a, b in zip(found[decoder][1:], found["reference"][1:], strict=True)
     )
-    for decoder in DECODERS
+    for decoder in decoders
   }
-  differences = [
-    np.abs(sides["pillow"](data, seed).astype(int) - sides["opencv"](data, seed))
-    for data, seed in itertools.product(photos, seeds)
-  ]
   return {
     "crop_scale": scale,
     "images_per_cpu_second": rates,
     "ratio": ratios,
     "pixel_difference": {
-      "mean": float(np.mean(differences)),
-      "rms": float(np.sqrt(np.mean(np.square(differences)))),
-      "max": int(np.max(differences)),
+      decoder: difference(sides["pillow"], sides[decoder], photos, seeds)
+      for decoder in decoders
+      if decoder in FAST
     },
   }
 
 
-def measure_loader(photos: list[bytes], *, batches: int, batch_size: int) -> list[dict]:
+def difference(a: Callable, b: Callable, photos: list[bytes], seeds: range) -> dict:
+  """How far the pixels of two pipelines are apart, of 255."""
+  differences = [
+    np.abs(a(data, seed).astype(int) - b(data, seed))
+    for data, seed in itertools.product(photos, seeds)
+  ]
+  return {
+    "mean": float(np.mean(differences)),
+    "rms": float(np.sqrt(np.mean(np.square(differences)))),
+    "max": int(np.max(differences)),
+  }
+
+
+def measure_loader(
+  photos: list[bytes], decoders: list[str], *, batches: int, batch_size: int
+) -> list[dict]:
   """The whole input side: shards on disk to batches in memory, all cores."""
   rows = []
   with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +209,7 @@ def measure_loader(photos: list[bytes], *, batches: int, batch_size: int) -> lis
       path.write_bytes(data)
     packing.pack(origins.Folder.scan(root / "images"), root / "packed")
     source = open_shards(root / "packed", channels=3)
-    for decoder in DECODERS:
+    for decoder in decoders:
       crop = RandomResizedCrop(SIDE, SCALES[0], decoder=decoder)
       options = {"batch_size": batch_size, "seed": 0, "start": 0, "stop": batches}
       threads = os.cpu_count()
@@ -176,8 +228,10 @@ def measure_loader(photos: list[bytes], *, batches: int, batch_size: int) -> lis
   return rows
 
 
-def hardware(photos: list[pathlib.Path]) -> dict:
-  packages = ["pillow", "opencv-python-headless", "numpy", "grain", "array-record"]
+def hardware(photos: list[pathlib.Path], decoders: list[str]) -> dict:
+  packages = ["pillow", "numpy", "grain", "array-record"]
+  packages += ["opencv-python-headless"] if "opencv" in decoders else []
+  packages += ["PyTurboJPEG"] if "turbojpeg" in decoders else []
   packages += [] if torchvision is None else ["torchvision", "torch"]
   return {
     "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -202,21 +256,22 @@ def markdown(rows: list[dict], loads: list[dict], where: dict) -> str:
     "",
     f"Decode, random resized crop to {SIDE}, flip; the same JPEGs of quality 90, one thread, one "
     "run, the sides taking turns; medians of rounds. The reference is "
-    f"{where['reference']} (bilinear, antialiased). Pixel differences are those of jepax's OpenCV "
+    f"{where['reference']} (bilinear, antialiased). Pixel differences are those of jepax's decoder "
     "to its Pillow form on the same crops, of 255.",
     "",
-    "| OpenCV to reference | Pillow to reference | JPEGs | crops, share of the area | reference | "
-    "jepax pillow | jepax opencv | difference: mean | rms | largest |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "| ratio to reference | decoder | JPEGs | crops, share of the area | reference | jepax | "
+    "difference: mean | rms | largest |",
+    "|---|---|---|---|---|---|---|---|---|",
   ]
   for row in rows:
-    rates, off = row["images_per_cpu_second"], row["pixel_difference"]
-    lines.append(
-      f"| {row['ratio']['opencv']:.2f} | {row['ratio']['pillow']:.2f} | {row['size']} | "
-      f"{row['crop_scale'][0]} to {row['crop_scale'][1]} | {rates['reference']:.0f} | "
-      f"{rates['pillow']:.0f} | {rates['opencv']:.0f} | {off['mean']:.2f} | {off['rms']:.2f} | "
-      f"{off['max']} |"
-    )
+    rates, scale = row["images_per_cpu_second"], row["crop_scale"]
+    for decoder, ratio in row["ratio"].items():
+      off = row["pixel_difference"].get(decoder)
+      shown = f"{off['mean']:.2f} | {off['rms']:.2f} | {off['max']}" if off else "0 | 0 | 0"
+      lines.append(
+        f"| {ratio:.2f} | {decoder} | {row['size']} | {scale[0]} to {scale[1]} | "
+        f"{rates['reference']:.0f} | {rates[decoder]:.0f} | {shown} |"
+      )
   lines += [
     "",
     f"The whole loader, from shards on disk to batches, crops of {SCALES[0][0]} to {SCALES[0][1]}:",
@@ -243,16 +298,17 @@ def main() -> None:
   parser.add_argument("--batches", type=int, default=8, help="of the loader, of 64 images")
   parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the results")
   args = parser.parse_args()
-  opencv.require()
+  decoders = installed()
   files = itertools.chain.from_iterable(p.rglob("*") if p.is_dir() else [p] for p in args.photos)
   photos = sorted(path for path in files if path.name.lower().endswith(IMAGE_SUFFIXES))
   if not photos:
     parser.error(f"no image among {[str(path) for path in args.photos]}")
-  where, rows, loads = hardware(photos), [], []
+  where, rows, loads = hardware(photos, decoders), [], []
   for size in SIZES:
     data, name = jpegs(photos, size), {"size": f"{size[0]}x{size[1]}"}
-    rows += [name | measure(data, scale, args.rounds, args.count) for scale in SCALES]
-    loads += [name | row for row in measure_loader(data, batches=args.batches, batch_size=64)]
+    rows += [name | measure(data, scale, args.rounds, args.count, decoders) for scale in SCALES]
+    measured = measure_loader(data, decoders, batches=args.batches, batch_size=64)
+    loads += [name | row for row in measured]
   args.out.mkdir(parents=True, exist_ok=True)
   text = markdown(rows, loads, where)
   (args.out / "input.md").write_text(text)

@@ -20,7 +20,7 @@ from jepax.data.decode import BadExample
 from jepax.data.loader import Loader
 from jepax.data.shards import open_shards
 from jepax.data.sources import scan_folder
-from jepax.data.transforms import RandomResizedCrop
+from jepax.data.transforms import DECODERS, FAST, RandomResizedCrop
 
 ROOT = Path(__file__).parent.parent
 
@@ -217,8 +217,13 @@ def test_build_holds_out_a_share_of_a_single_set(packed):
   assert build(config(packed, eval_split="")).test is None
 
 
-@pytest.mark.parametrize("decoder", ["pillow", "opencv"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_batches_do_not_depend_on_processes_threads_or_the_start(packed, decoder):
+  if decoder in FAST:
+    try:
+      FAST[decoder].require()
+    except ValueError as error:
+      pytest.skip(str(error))
   source, crop = open_shards(packed, channels=3), RandomResizedCrop(8, decoder=decoder)
 
   def load(**options):

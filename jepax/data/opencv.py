@@ -24,18 +24,12 @@ from PIL import ExifTags, Image
 from jepax.data.decode import UNREADABLE, BadExample, Encoded, decode
 
 _REDUCTIONS = (8, 4, 2)
-_END = b"\xff\xd9"  # of a JPEG; cut ones lack it, and OpenCV would fill what is missing with grey
-# What turns the stored pixels upright, by EXIF orientation.
-_UPRIGHT = {
-  1: lambda a: a,
-  2: lambda a: a[:, ::-1],
-  3: lambda a: a[::-1, ::-1],
-  4: lambda a: a[::-1],
-  5: lambda a: a.swapaxes(0, 1),
-  6: lambda a: a.swapaxes(0, 1)[:, ::-1],
-  7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
-  8: lambda a: a.swapaxes(0, 1)[::-1],
-}
+_SMOOTHED = math.sqrt(5)  # three weights smooth enough for this factor: they are equal there
+END = b"\xff\xd9"  # of a JPEG; cut ones lack it, and OpenCV would fill what is missing with grey
+# What turns the stored pixels upright, by EXIF orientation: the axes that OpenCV flips (0 rows,
+# 1 columns, -1 both), after rows and columns have changed places from 5 on.
+_FLIPS = {1: None, 2: 1, 3: -1, 4: 0, 5: None, 6: 1, 7: -1, 8: 0}
+_TRANSPOSED = 5
 
 
 def require() -> ModuleType:
@@ -44,8 +38,8 @@ def require() -> ModuleType:
     import cv2  # an optional dependency
   except ImportError as error:
     raise ValueError(
-      f"data.decoder='opencv' needs OpenCV ({error}): pip install 'jepax[opencv]', or set "
-      "data.decoder='pillow'"
+      f"data.decoder, where it is not 'pillow', needs OpenCV ({error}): pip install "
+      "'jepax[opencv]', or set data.decoder='pillow'"
     ) from error
   cv2.setNumThreads(0)  # the loader has threads already, one a batch
   return cv2
@@ -75,7 +69,7 @@ class Picture:
     data = image.read()
     try:
       with Image.open(io.BytesIO(data)) as header:
-        plain = header.format == "JPEG" and header.mode in ("L", "RGB") and data.endswith(_END)
+        plain = header.format == "JPEG" and header.mode in ("L", "RGB") and data.endswith(END)
         orientation = header.getexif().get(ExifTags.Base.Orientation, 1) if plain else 1
         width, height = header.size
     except UNREADABLE as error:
@@ -83,40 +77,66 @@ class Picture:
     if not plain:
       pixels = decode(data, channels=image.channels, name=image.name)
       return cls(*pixels.shape[:2], pixels, image.channels, image.name)
-    if orientation not in _UPRIGHT:
+    if orientation not in _FLIPS:
       orientation = 1  # as Pillow does with tags that mean nothing
-    if orientation >= 5:
+    if orientation >= _TRANSPOSED:
       height, width = width, height
     return cls(height, width, data, image.channels, image.name, orientation)
 
-  def crop(self, box: tuple[int, int, int, int], *, at_least: tuple[int, int]) -> np.ndarray:
-    """The pixels of a box, as few as there may be.
+  def resized(
+    self, box: tuple[int, int, int, int], size: tuple[int, int], *, interpolation: str
+  ) -> np.ndarray:
+    """The pixels of a box, resized with antialiasing.
 
     Args:
       box: (top, left, height, width), pixels of the whole upright image.
-      at_least: (height, width) that the result must have, where the box has it.
+      size: (height, width) of the result, pixels.
+      interpolation: as of `resize`.
 
     Returns:
-      u8[h w channels]; h and w are the box's, or these by 2, 4 or 8.
+      u8[*size channels].
 
     Raises:
       BadExample: the file can't be decoded.
     """
-    top, left, height, width = box
-    if isinstance(self.source, np.ndarray):
-      return np.ascontiguousarray(self.source[top : top + height, left : left + width])
-    smallest = min(height / at_least[0], width / at_least[1])
-    reduction = next((r for r in _REDUCTIONS if r <= smallest), 1)
-    pixels = self._decode(reduction)
-    if pixels is None:  # Pillow takes it, or says why not
-      pixels, reduction = decode(self.source, channels=self.channels, name=self.name), 1
-    rows, columns = (
-      slice(round(start / reduction), round((start + length) / reduction))
-      for start, length in ((top, height), (left, width))
-    )
-    return pixels[rows, columns]
+    pixels = None
+    if isinstance(self.source, bytes):
+      smallest = min(box[2] / size[0], box[3] / size[1])
+      reduction = next((r for r in _REDUCTIONS if r <= smallest), 1)
+      stored = size[::-1] if self.orientation >= _TRANSPOSED else size
+      pixels = self._cut(self._stored(box), stored, reduction, interpolation)
+    if pixels is not None:
+      return self._upright(pixels)
+    pixels = self.source
+    if isinstance(pixels, bytes):  # Pillow takes it, or says why not
+      pixels = decode(pixels, channels=self.channels, name=self.name)
+    return np.ascontiguousarray(resize(pixels, size, interpolation=interpolation, box=box))
 
-  def _decode(self, reduction: int) -> np.ndarray | None:
+  def _stored(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """A box of the upright image in the pixels as they are stored."""
+    top, left, height, width = box
+    flip = _FLIPS[self.orientation]
+    if flip in (0, -1):
+      top = self.height - top - height
+    if flip in (1, -1):
+      left = self.width - left - width
+    if self.orientation >= _TRANSPOSED:
+      return left, top, width, height
+    return top, left, height, width
+
+  def _upright(self, pixels: np.ndarray) -> np.ndarray:
+    """Turns stored pixels; by OpenCV, which takes a tenth of NumPy's time."""
+    cv2, flip = require(), _FLIPS[self.orientation]
+    if self.orientation >= _TRANSPOSED:
+      pixels = cv2.transpose(pixels)
+    if flip is not None:
+      pixels = cv2.flip(pixels, flip)
+    return np.ascontiguousarray(pixels).reshape(*pixels.shape[:2], self.channels)
+
+  def _cut(
+    self, box: tuple[int, int, int, int], size: tuple[int, int], reduction: int, interpolation: str
+  ) -> np.ndarray | None:
+    """A resized box of the pixels as a JPEG stores them; None where OpenCV can't decode it."""
     cv2 = require()
     flags = cv2.IMREAD_COLOR_RGB if self.channels == 3 else cv2.IMREAD_GRAYSCALE
     if reduction > 1:
@@ -127,35 +147,76 @@ class Picture:
     if pixels is None:
       return None
     pixels = pixels.reshape(*pixels.shape[:2], self.channels)
-    return np.ascontiguousarray(_UPRIGHT[self.orientation](pixels))
+    reduced = tuple(n / reduction for n in box)
+    return resize(pixels, size, interpolation=interpolation, box=reduced)
 
 
-def resize(image: np.ndarray, size: tuple[int, int], *, interpolation: str) -> np.ndarray:
+def resize(
+  image: np.ndarray,
+  size: tuple[int, int],
+  *,
+  interpolation: str,
+  box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
   """Resizes by OpenCV, with antialiasing.
 
-  An axis that shrinks by up to 2 is smoothed over three pixels, as much as widens the kernel of
-  linear interpolation to the one that antialiasing asks for, and then interpolated. One that
-  shrinks by more is brought to a multiple of its size in this way, and averaged over blocks.
+  An axis that shrinks by up to the root of 5 is smoothed over three pixels, as much as widens the
+  kernel of linear interpolation to the one that antialiasing asks for, and then interpolated. One
+  that shrinks by more is brought to a multiple of its size in this way, and averaged over blocks.
 
   Args:
     image: u8[h w c], c 1 or 3.
     size: (height, width) of the result, pixels.
     interpolation: 'bilinear', 'bicubic' or 'area' (which repeats pixels where an axis grows).
+    box: (top, left, height, width), the part that is resized, in pixels and parts of them; what
+      lies outside of the pixels that it touches has no weight. All by default.
 
   Returns:
     u8[*size c].
   """
   cv2 = require()
   methods = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
-  shape, channels = image.shape[:2], image.shape[-1]
-  fine = tuple(n * max(1, math.ceil(m / (2 * n))) for m, n in zip(shape, size, strict=True))
-  shrink = [max(1.0, m / n) for m, n in zip(shape, fine, strict=True)]
-  if max(shrink) > 1 and interpolation != "area":
-    # Triangles half as wide as s pixels and as 1 have the variances s^2/6 and 1/6: the three
-    # weights (a, 1 - 2a, a), of variance 2a, are the difference.
-    down, across = (np.array([a, 1 - 2 * a, a]) for a in ((s * s - 1) / 12 for s in shrink))
-    image = cv2.sepFilter2D(image, -1, across, down, borderType=cv2.BORDER_REPLICATE)
-  for target, method in ((fine, methods[interpolation]), (size, cv2.INTER_AREA)):
-    if image.shape[:2] != target:
-      image = cv2.resize(image, target[::-1], interpolation=method)
+  channels, box = image.shape[-1], box or (0, 0, *image.shape[:2])
+  rows, down, height, fy = _axis(box[0], box[2], size[0])
+  columns, across, width, fx = _axis(box[1], box[3], size[1])
+  image = image[rows, columns]
+  if down or across:
+    image = _shifted(image, down, across)
+  if interpolation != "area" and (fy < 1 or fx < 1):
+    weights = (_weights(fx, across), _weights(fy, down))
+    image = cv2.sepFilter2D(image, -1, *weights, borderType=cv2.BORDER_REPLICATE)
+  if fy != 1 or fx != 1:  # by factors rather than to a size, as the box may end within a pixel
+    image = cv2.resize(image, None, fx=fx, fy=fy, interpolation=methods[interpolation])
+  image = image[:height, :width]
+  if (height, width) != size:
+    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
   return image.reshape(*size, channels)
+
+
+def _axis(start: float, length: float, size: int) -> tuple[slice, float, int, float]:
+  """Of one axis: the pixels that are touched, how far into the first the box begins, the size
+  before the averaging over blocks, and the factor to it."""
+  fine = size * max(1, math.ceil(length / (_SMOOTHED * size)))
+  return slice(math.floor(start), math.ceil(start + length)), start % 1, fine, fine / length
+
+
+def _shifted(image: np.ndarray, down: float, across: float) -> np.ndarray:
+  """The image as sampled a part of a pixel further down and to the right, of the same size."""
+  cv2 = require()
+  border = (0, math.ceil(down), 0, math.ceil(across))
+  image = cv2.copyMakeBorder(image, *border, cv2.BORDER_REPLICATE)
+  if down > 0:
+    image = cv2.addWeighted(image[:-1], 1 - down, image[1:], down, 0)
+  if across > 0:
+    image = cv2.addWeighted(image[:, :-1], 1 - across, image[:, 1:], across, 0)
+  return image
+
+
+def _weights(factor: float, shift: float) -> np.ndarray:
+  """Of three pixels, f64[3]: what smooths an axis resized by a factor, given its shift.
+
+  Triangles half as wide as s pixels and as 1 have the variances s^2 / 6 and 1 / 6, so the weights
+  (a, 1 - 2a, a), of variance 2a, make up the difference, less what shifting has smoothed.
+  """
+  a = max(0.0, (factor**-2 - 1) / 12 - shift * (1 - shift) / 2)
+  return np.array([a, 1 - 2 * a, a])

@@ -4,8 +4,8 @@ decoder='pillow' gives the pixels torchvision gives on PIL images. Images are de
 decoding JPEGs at a half or a quarter (Pillow's `draft`) and shrinking in two steps (`reducing_gap`)
 are quicker, but change pixels, and released models were trained without.
 
-decoder='opencv' draws the same crops and is faster; what it does, and by how much its pixels
-differ, stands in `jepax.data.opencv`.
+decoder='opencv' and 'turbojpeg' draw the same crops and are faster; what they do, and by how much
+their pixels differ, stands in `jepax.data.opencv` and `jepax.data.turbojpeg`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from jepax.data import opencv
+from jepax.data import opencv, turbojpeg
 from jepax.data.decode import Encoded
 
-DECODERS = ("pillow", "opencv")
+FAST = {"opencv": opencv, "turbojpeg": turbojpeg}  # by decoder, its Picture and require()
+DECODERS = ("pillow", *FAST)
 INTERPOLATIONS = {
   "bilinear": Image.Resampling.BILINEAR,
   "bicubic": Image.Resampling.BICUBIC,
@@ -37,7 +38,7 @@ class Transform(Protocol):
 def decodes(transform: Transform | None) -> bool:
   """Whether a transform also takes images that are not decoded yet, and is faster on them."""
   ours = isinstance(transform, RandomResizedCrop | CenterCrop)
-  return ours and transform.decoder == "opencv"
+  return ours and transform.decoder in FAST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class RandomResizedCrop:
   scale: range of the crop's area, fraction of the image.
   ratio: range of width / height, log-uniform.
   interpolation: 'bilinear' or 'bicubic'.
-  decoder: 'pillow', as torchvision; or 'opencv', which also takes what is not decoded yet.
+  decoder: 'pillow', as torchvision; or a key of FAST, which also take what is not decoded yet.
   Source: torchvision.transforms.RandomResizedCrop (10 tries, then the largest centre crop).
   """
 
@@ -59,14 +60,15 @@ class RandomResizedCrop:
   decoder: str = "pillow"
 
   def __call__(self, image: np.ndarray | Encoded, rng: np.random.Generator) -> np.ndarray:
-    if self.decoder == "opencv":
-      picture, size = opencv.Picture.of(image), (self.size, self.size)
-      crop = picture.crop(self.box(picture.height, picture.width, rng), at_least=size)
-      return opencv.resize(crop, size, interpolation=self.interpolation)
+    size = (self.size, self.size)
+    if self.decoder in FAST:
+      picture = FAST[self.decoder].Picture.of(image)
+      box = self.box(picture.height, picture.width, rng)
+      return picture.resized(box, size, interpolation=self.interpolation)
     top, left, height, width = self.box(*image.shape[:2], rng)
     # Cut before resizing: with resize(box=...) pixels outside the crop bleed into its border.
     crop = image[top : top + height, left : left + width]
-    return resize(crop, (self.size, self.size), interpolation=self.interpolation)
+    return resize(crop, size, interpolation=self.interpolation)
 
   def box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Draws a crop (top, left, height, width) of an image of this height and width, pixels."""
@@ -88,7 +90,7 @@ class CenterCrop:
   size: pixels of the square's side.
   resize: at least 1; 256/224 is the common choice of evaluation, 1 the largest square.
   interpolation: 'bilinear' or 'bicubic'.
-  decoder: 'pillow', as torchvision; or 'opencv', which also takes what is not decoded yet.
+  decoder: 'pillow', as torchvision; or a key of FAST, which also take what is not decoded yet.
   Source: torchvision.transforms.Resize and CenterCrop.
   """
 
@@ -99,8 +101,8 @@ class CenterCrop:
 
   def __call__(self, image: np.ndarray | Encoded, rng: np.random.Generator) -> np.ndarray:
     del rng
-    if self.decoder == "opencv":
-      return self._by_opencv(opencv.Picture.of(image))
+    if self.decoder in FAST:
+      return self._cut(FAST[self.decoder].Picture.of(image))
     height, width = image.shape[:2]
     new_height, new_width = self._whole(height, width)
     # The square in pixels of the source: the same numbers as resizing all and then cutting.
@@ -109,10 +111,10 @@ class CenterCrop:
     box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
     return resize(image, (self.size, self.size), interpolation=self.interpolation, box=box)
 
-  def _by_opencv(self, picture: opencv.Picture) -> np.ndarray:
+  def _cut(self, picture: opencv.Picture) -> np.ndarray:
+    box = (0, 0, picture.height, picture.width)
     new = self._whole(picture.height, picture.width)
-    whole = picture.crop((0, 0, picture.height, picture.width), at_least=new)
-    whole = opencv.resize(whole, new, interpolation=self.interpolation)
+    whole = picture.resized(box, new, interpolation=self.interpolation)
     top, left = (round((n - self.size) / 2) for n in new)
     return np.ascontiguousarray(whole[top : top + self.size, left : left + self.size])
 

@@ -28,10 +28,13 @@ def of_both(setting: str) -> str:
   return ",".join(f"{part}.{setting}" for part in BOTH)
 
 
+SMALL_PAGES = "GLIBC_TUNABLES="  # the one choice that is no override: see jepax.huge_pages
+
 CASES = {
   "configs/quickstart.py": {
     "as configured (unrolled, one device a core, tanh GELU)": "",
     "one device, whose threads share each operation": "mesh.cpu_devices=1",
+    "memory on small pages": SMALL_PAGES,
     "exact GELU": of_both("activation=gelu"),
     "attention: jax.nn.dot_product_attention": of_both("attention=xla"),
     "blocks scanned": of_both("scan=true"),
@@ -41,6 +44,7 @@ CASES = {
     "as configured (unrolled, one device a core, each with half of the parameters)": "",
     "one device a core, each with all parameters": "mesh.data=-1,mesh.fsdp=1",
     "one device, whose threads share each operation": "mesh.cpu_devices=1",
+    "memory on small pages": SMALL_PAGES,
     "attention: jax.nn.dot_product_attention": of_both("attention=xla"),
     "blocks scanned": of_both("scan=true"),
     "scanned, all but matrix products again": f"{of_both('scan=true')},{of_both('remat=dots')}",
@@ -48,13 +52,16 @@ CASES = {
 }
 
 
-def measure(spec: str, options: argparse.Namespace) -> dict:
+def measure(base: str, setting: str, options: argparse.Namespace) -> dict:
   """One process's times, see `step_time.run_jepax`."""
+  added = huge_pages.environment()  # as jepax.main has it
+  if setting == SMALL_PAGES:
+    added, setting = {}, ""
+  spec = f"{base},{setting}".rstrip(",")
   command = [sys.executable, str(HERE / "step_time.py"), f"--worker={spec}"]
-  command += [f"--steps={options.steps}", "--warmup=3"]
-  environment = os.environ | huge_pages.environment()  # as jepax.main has it
+  command += [f"--steps={options.steps}", "--warmup=2"]
   done = subprocess.run(
-    command, env=environment, stdout=subprocess.PIPE, text=True, cwd=HERE.parent, check=True
+    command, env=os.environ | added, stdout=subprocess.PIPE, text=True, cwd=HERE.parent, check=True
   )
   return json.loads(done.stdout.splitlines()[-1])
 
@@ -64,7 +71,7 @@ def compare(base: str, choices: dict[str, str], options: argparse.Namespace) -> 
   found = {name: [] for name in choices}
   for _ in range(options.rounds):
     for name, setting in choices.items():
-      found[name].append(measure(f"{base},{setting}".rstrip(","), options))
+      found[name].append(measure(base, setting, options))
   rows, first = [], None
   for name, runs in found.items():
     seconds = statistics.median(statistics.median(run["seconds"]) for run in runs)

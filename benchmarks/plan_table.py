@@ -104,11 +104,18 @@ def main() -> None:
   names = sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
   stored = arguments.out / "plan.json"
   rows = json.loads(stored.read_text()) if arguments.only and stored.exists() else {}
+  failed = []
   for name in arguments.only.split(",") if arguments.only else names:
-    rows[name] = plan(name)
+    try:
+      rows[name] = plan(name)
+    except subprocess.CalledProcessError:  # it has said why; the others are still wanted
+      failed.append(name)
+      continue
     print(" | ".join(row(name, rows[name])), flush=True)
     stored.write_text(json.dumps(rows, indent=1) + "\n")
     (arguments.out / "plan.md").write_text(table(rows, command="python benchmarks/plan_table.py"))
+  if failed:
+    raise SystemExit(f"no plan of {', '.join(failed)}; with --only they can be done again")
 
 
 if __name__ == "__main__":

@@ -27,12 +27,7 @@ from jepax.data.decode import Encoded
 if TYPE_CHECKING:
   from turbojpeg import TurboJPEG
 
-_FAILED = (
-  OSError,
-  ValueError,
-  KeyError,
-  UserWarning,
-)  # on what is damaged, or of a kind that it lacks
+_FAILED = (OSError, ValueError, KeyError, UserWarning)  # on what is damaged or of no kind it knows
 _YCBCR = 1  # libjpeg-turbo's TJCS_YCbCr
 # Rows and columns of the image to one of Cb and Cr, by its TJSAMP_444, _422, _420, _440 and _411.
 _SAMPLINGS = {0: (1, 1), 1: (1, 2), 2: (2, 2), 4: (2, 1), 5: (1, 4)}

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 _SETTING = "GLIBC_TUNABLES"
+_LIBRARY = "CS_GNU_LIBC_VERSION"  # of confstr(3)
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -43,8 +44,9 @@ def restart_with() -> None:
 
 def _glibc_asks() -> bool:
   """Whether the C library is a glibc that has the tunable."""
-  name = os.confstr("CS_GNU_LIBC_VERSION") if sys.platform == "linux" else None
-  library, _, version = (name or "").partition(" ")  # 'glibc 2.36'
+  if _LIBRARY not in getattr(os, "confstr_names", ()):
+    return False
+  library, _, version = (os.confstr(_LIBRARY) or "").partition(" ")  # 'glibc 2.36'
   return library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
 
 

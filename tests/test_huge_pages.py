@@ -31,8 +31,9 @@ def machine(monkeypatch, tmp_path):
 
   def describe(*, libc="glibc 2.36", kernel="always [madvise] never", platforms="cpu", plugins=()):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(os, "confstr", lambda name: libc)
+    names = {} if libc is None else {"CS_GNU_LIBC_VERSION": 2}
+    monkeypatch.setattr(os, "confstr_names", names, raising=False)
+    monkeypatch.setattr(os, "confstr", lambda name: libc, raising=False)
     monkeypatch.setattr(huge_pages, "_KERNEL", tmp_path / "enabled")
     if kernel is not None:
       (tmp_path / "enabled").write_text(kernel + "\n")

@@ -10,12 +10,14 @@ from pathlib import Path
 import chex
 import jax
 import numpy as np
+import pretend_gpu
 import pytest
 
 from jepax import config as config_lib
 from jepax import sharding
 from jepax.data.build import Data
 from jepax.experiment import Experiment, prepare
+from jepax.models.vit import ViT
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
@@ -103,15 +105,23 @@ def test_docstring_says_how_to_run(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_train_step_at_full_size(name):
+  """Those in half precision for a GPU, where cuDNN takes all of their attention."""
   experiment = full_size(name)
-  c, state = experiment.config, experiment.abstract_state
-  batch = {"image": images(c, count=c.batch_size)}
-  with jax.set_mesh(experiment.mesh):
-    new, metrics = jax.eval_shape(experiment.train_step.__wrapped__, state, batch)
+  c, step = experiment.config, experiment.train_step.__wrapped__
+  half = c.precision == "bfloat16"
+  # For a GPU without the placements, which are of this machine's devices.
+  state = jax.tree.map(lambda x: x.update(sharding=None), experiment.abstract_state)
+  with pretend_gpu.one() if half else jax.set_mesh(experiment.mesh) as written_out:
+    traced = jax.make_jaxpr(step.__wrapped__ if half else step, return_shape=True)
+    program, (new, metrics) = traced(state, {"image": images(c, count=c.batch_size)})
   chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
   assert {(m.shape, m.dtype.name) for m in metrics.values()} == {((), "float32")}
   for leaf in jax.tree.leaves((state.params, state.carry)):
     assert leaf.dtype == np.float32  # whatever the precision of the matrix products
+  if half:
+    forward, backward = pretend_gpu.cudnn_calls(program)
+    assert written_out == []
+    assert forward >= backward >= isinstance(experiment.method.encoder, ViT)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

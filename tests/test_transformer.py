@@ -6,8 +6,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pretend_gpu
 import pytest
 
+from jepax.models import transformer
 from jepax.models.attention import attention
 from jepax.models.transformer import Block, Transformer
 from jepax.models.vit import ViT
@@ -96,6 +98,68 @@ def test_remat_stores_less(stack):
 
 
 # --- attention and precision ----------------------------------------------------------------
+
+
+def heads(queries: int, keys: int, *, width: int = 24, dtype: str = "bfloat16"):
+  """Shapes of q, k, v and validity."""
+  q, k = (jax.ShapeDtypeStruct((4, n, 2, width), dtype) for n in (queries, keys))
+  return q, k, k, jax.ShapeDtypeStruct((4, keys), bool)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_on_a_gpu_attention_is_cudnns_where_it_serves(masked):
+  def loss(q, k, v, valid):
+    return attention(q, k, v, valid=valid if masked else None).astype(jnp.float32).sum()
+
+  gradient = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))
+  with pretend_gpu.one() as written_out:
+    assert pretend_gpu.cudnn_calls(gradient(*heads(6, 8))) == (1, 1)
+    assert written_out == []
+    for refused in (heads(6, 9), heads(5, 8), heads(6, 8, width=20), heads(6, 8, dtype="float32")):
+      assert pretend_gpu.cudnn_calls(gradient(*refused)) == (0, 0)
+  assert len(written_out) == 4
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_an_even_number_of_tokens_for_cudnn_changes_nothing(stack, expected, monkeypatch, scan):
+  """Of five tokens, three kept: results, gradients, and what is sown."""
+  params, x, valid = stack
+  module, seen = STACK.clone(scan=scan), []
+  weights = stacked(params) if scan else params
+
+  def run(valid, **options):
+    return jax.jit(lambda w: module.apply({"params": w}, x, valid, **options))(weights)
+
+  def recorded(q, k, v, *, valid, implementation):
+    seen.append((q.shape[1], k.shape[1]))
+    return attention(q, k, v, valid=valid)
+
+  before, layers = run(valid, mutable=["intermediates", "mlp"]), run(None, last=2)
+  monkeypatch.setattr(transformer, "fused", lambda *_, **__: True)
+  monkeypatch.setattr(transformer, "attention", recorded)
+  after = run(valid, mutable=["intermediates", "mlp"])
+  chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
+  chex.assert_trees_all_close(after, before, rtol=2e-5, atol=2e-5)
+  np.testing.assert_allclose(run(None, last=2), layers, rtol=2e-5, atol=2e-5)
+  kept = run(valid, keep=3)
+  np.testing.assert_allclose(kept, before[0][:, -3:], rtol=2e-5, atol=2e-5)
+  assert {number % 2 for pair in seen for number in pair} == {0}
+  y, (grads, x_grad) = expected
+  found, found_grads = gradients(module, weights, x, valid)
+  np.testing.assert_allclose(found, y, rtol=2e-5, atol=2e-5)
+  flat = (jax.tree.leaves(t) for t in (found_grads, (stacked(grads) if scan else grads, x_grad)))
+  for a, b in zip(*flat, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+def test_a_gpus_products_apart_are_the_same(stack, expected, monkeypatch):
+  """Queries, keys and values of one product a piece, as whole arrays, there."""
+  monkeypatch.setattr(transformer, "platform", lambda: "gpu")
+  params, x, valid = stack
+  y, grads = gradients(STACK.clone(), params, x, valid)
+  np.testing.assert_allclose(y, expected[0], rtol=2e-5, atol=2e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
 
 def test_attention_implementations_agree():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jepax.names import one_of
+from jepax.sharding import platform
 
 IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn")
 
@@ -27,7 +28,7 @@ def attention(
     v: [b m h e].
     valid: bool[b m], keys to attend to; None means all.
     implementation: 'plain' (written out), 'xla' or 'cudnn' (jax.nn.dot_product_attention), or
-      'auto': cudnn where it serves (bfloat16 on a GPU, see `_suits_cudnn`), else plain.
+      'auto': cudnn where it serves (bfloat16 on a GPU, even counts, see `fused`), else plain.
 
   Returns:
     [b n h e], in q's dtype.
@@ -38,26 +39,31 @@ def attention(
   one_of(implementation, IMPLEMENTATIONS, where="attention")
   chex.assert_equal_shape([k, v])
   if implementation == "auto":
-    on_gpu = jax.default_backend() == "gpu"
-    implementation = "cudnn" if on_gpu and _suits_cudnn(q, k, valid) else "plain"
-  if implementation == "cudnn" and jax.default_backend() != "gpu":
-    raise ValueError(
-      f"attention='cudnn' needs an NVIDIA GPU, found {jax.default_backend()}; use 'auto'"
-    )
+    serves = fused(implementation, dtype=q.dtype, head_width=q.shape[-1])
+    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    implementation = "cudnn" if serves and even else "plain"
+  if implementation == "cudnn" and platform() != "gpu":
+    raise ValueError(f"attention='cudnn' needs an NVIDIA GPU, found {platform()}; use 'auto'")
   if implementation == "plain":
     return _plain(q, k, v, valid)
   mask = None if valid is None else valid[:, None, None, :]
+  if mask is not None and implementation == "cudnn":  # which takes no row that stands for all
+    mask = jnp.broadcast_to(mask, (mask.shape[0], 1, q.shape[1], k.shape[1]))
   return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
 
-def _suits_cudnn(q, k, valid) -> bool:
-  """Whether cuDNN's fused kernels take these arrays, in the backward pass too.
+def fused(implementation: str, *, dtype: jnp.dtype, head_width: int) -> bool:
+  """Whether `attention` runs cuDNN's fused kernels where the counts of queries and keys are even.
 
-  A mask reaches them as a bias, whose gradient needs even numbers of queries and keys.
+  Odd counts they refuse wherever gradients are taken (jax 0.10 to 0.12).
+
+  Args:
+    implementation: as of `attention`.
+    dtype: of q, k and v. head_width: e.
   """
-  even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
-  heads_fit = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-  return q.dtype == jnp.bfloat16 and heads_fit and (valid is None or even)
+  heads_fit = head_width % 8 == 0 and head_width <= 128
+  serves = platform() == "gpu" and dtype == jnp.bfloat16 and heads_fit
+  return implementation == "cudnn" or (implementation == "auto" and serves)
 
 
 def _plain(q, k, v, valid):

@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from jepax.models.activations import ACTIVATIONS
-from jepax.models.attention import IMPLEMENTATIONS, attention
+from jepax.models.attention import IMPLEMENTATIONS, attention, fused
 from jepax.names import one_of
 from jepax.sharding import constrain, platform, regroup, tensor_parts
 
@@ -53,7 +53,7 @@ def product(x: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any) ->
 
 
 class Grouped(nn.Module, kw_only=True):
-  """Linear layers of equal width as one matrix product, whose parameters lie side by side.
+  """Linear layers of equal width, whose parameters lie side by side.
 
   groups: layers; units: outputs of each; the rest as in `Stack`.
   """
@@ -71,8 +71,13 @@ class Grouped(nn.Module, kw_only=True):
     bias = self.param("bias", nn.initializers.zeros, shape[1:])
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     if tensor_parts() == 1:
-      y = product(x, kernel, (((2,), (0,)), ((), ()))) + bias
-      return tuple(constrain(part, split=-1) for part in jnp.split(y, self.groups, axis=-1))
+      contracting = (((2,), (0,)), ((), ()))
+      if platform() == "gpu":  # whose kernels take and give whole arrays: parts would be copied
+        pairs = zip(*(jnp.split(p, self.groups, axis=-1) for p in (kernel, bias)), strict=True)
+        parts = [product(x, kernel, contracting) + bias for kernel, bias in pairs]
+      else:
+        parts = jnp.split(product(x, kernel, contracting) + bias, self.groups, axis=-1)
+      return tuple(constrain(part, split=-1) for part in parts)
     kernel, bias = regroup(kernel, groups=self.groups), regroup(bias, groups=self.groups)
     y = constrain(jnp.tensordot(x, kernel, 1) + bias, split=-1)  # [b n groups units]
     return tuple(y[:, :, group] for group in range(self.groups))
@@ -92,8 +97,9 @@ class Block(nn.Module, kw_only=True):
   heads: attention heads; mlp_width: hidden units (with 'swiglu', of each of its two halves);
   layer_scale: initial value of a learned factor a channel on both branches, None for no factor;
   keep: return only the last `keep` tokens (the others still serve as keys and values), None for
-  all. Queries and keys [b n h e] are sown into the collection 'intermediates', for attention maps,
-  and what the MLP adds to the residual stream, before scaling, [b n d], into 'mlp' (`mlp_outputs`).
+  all. padding: first tokens that stand for none (see `Transformer`) and are not sown. Queries and
+  keys [b n h e] are sown into the collection 'intermediates', for attention maps, and what the MLP
+  adds to the residual stream, before scaling, [b n d], into 'mlp' (`mlp_outputs`).
   A branch of a sample is dropped at the given rate where an rng stream 'drop_path' is passed.
   """
 
@@ -107,6 +113,7 @@ class Block(nn.Module, kw_only=True):
   norm_epsilon: float = 1e-6
   norms: str = "pre"
   keep: int | None = None
+  padding: int = 0
 
   @nn.compact
   def __call__(
@@ -120,8 +127,8 @@ class Block(nn.Module, kw_only=True):
     q, k, v = (constrain(rearrange(y, "b n (h e) -> b n h e", h=self.heads), split=2) for y in qkv)
     if self.keep is not None:
       q, x = q[:, -self.keep :], x[:, -self.keep :]
-    self.sow("intermediates", "query", q)
-    self.sow("intermediates", "key", k)
+    self.sow("intermediates", "query", q[:, self.padding :])
+    self.sow("intermediates", "key", k[:, self.padding :])
     y = attention(q, k, v, valid=valid, implementation=self.attention)
     y = dense(self, d, name="proj")(rearrange(y, "b n h e -> b n (h e)"))
     x = constrain(x + self._branch(y, drop_rate, "scale1").astype(x.dtype))
@@ -129,7 +136,7 @@ class Block(nn.Module, kw_only=True):
     groups = 2 if self.activation == "swiglu" else 1
     fc1 = grouped(self, groups, self.mlp_width, name="fc1")
     y = dense(self, d, name="fc2")(ACTIVATIONS[self.activation](*fc1(x if post else norms[1](x))))
-    self.sow("mlp", "out", y)
+    self.sow("mlp", "out", y[:, self.padding :])
     x = x + self._branch(y, drop_rate, "scale2").astype(x.dtype)
     return norms[1](x) if post else x
 
@@ -197,7 +204,10 @@ class Stack(nn.Module, kw_only=True):
 
 
 class Transformer(Stack):
-  """A stack of blocks, without a final norm."""
+  """A stack of blocks, without a final norm.
+
+  Where cuDNN serves, an odd number of tokens gets one in front that nothing attends to.
+  """
 
   @nn.compact
   def __call__(
@@ -224,23 +234,31 @@ class Transformer(Stack):
     """
     if last is not None and (keep is not None or not 1 <= last <= self.depth):
       raise ValueError(f"last must lie in 1..{self.depth}, without keep; found {last}, keep={keep}")
+    even = fused(self.attention, dtype=self.dtype, head_width=self.width // self.heads)
+    padding = x.shape[1] % 2 if even else 0
+    if padding:  # here rather than in each block, where queries, keys and values would be copied
+      valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
+      x, valid = jnp.pad(x, ((0, 0), (1, 0), (0, 0))), jnp.pad(valid, ((0, 0), (1, 0)))
+    block = self._block(padding)
     if self.scan:
-      x, outputs = self._scanned(self._block()(name="blocks"), x, valid, last is not None)
-      if last is not None:
-        return outputs[-last:]
-      return x if keep is None else x[:, -keep:]
-    outputs = []
-    for i, rate in enumerate(self._drop_rates()):
-      kept = keep if i == self.depth - 1 else None
-      x = self._block()(keep=kept, name=f"block{i}")(x, valid, rate)
-      outputs.append(x)
-    return x if last is None else jnp.stack(outputs[-last:])
+      x, outputs = self._scanned(block(name="blocks"), x, valid, last is not None)
+      outputs = outputs if last is None else outputs[-last:]
+    else:
+      outputs = []
+      for i, rate in enumerate(self._drop_rates()):
+        kept = None if keep is None or i < self.depth - 1 else keep + (keep % 2 if even else 0)
+        x = block(keep=kept, name=f"block{i}")(x, valid, rate)
+        outputs.append(x)
+      outputs = outputs if last is None else jnp.stack(outputs[-last:])
+    if last is not None:
+      return outputs[:, :, padding:]
+    return x[:, padding:] if keep is None else x[:, -keep:]
 
   def _drop_rates(self) -> list[float]:
     first = self.drop_path if self.drop_path_shape == "uniform" else 0
     return np.linspace(first, self.drop_path, self.depth).tolist()
 
-  def _block(self) -> Callable[..., Block]:
+  def _block(self, padding: int) -> Callable[..., Block]:
     block = Block
     if self.remat != "none":
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan)
@@ -255,6 +273,7 @@ class Transformer(Stack):
       layer_scale=self.layer_scale,
       norm_epsilon=self.norm_epsilon,
       norms=self.norms,
+      padding=padding,
     )
 
   def _scanned(self, block: Block, x: jax.Array, valid: jax.Array | None, collect: bool):

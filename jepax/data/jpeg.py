@@ -74,12 +74,13 @@ def read(data: bytes) -> Header | None:
   if kind not in (_BASELINE, _EXTENDED, _PROGRESSIVE) or len(frame) < _FRAME.size:
     return None
   bits, height, width, channels = _FRAME.unpack_from(frame)
-  names, samplings = (
-    frame[_FRAME.size :: 3],
-    [(b & 15, b >> 4) for b in frame[_FRAME.size + 1 :: 3]],
+  components = frame[_FRAME.size :]
+  names, samplings = components[::3], [(byte & 15, byte >> 4) for byte in components[1::3]]
+  known = bits == 8 and channels in (1, 3) and len(components) == 3 * channels
+  sound = (
+    height and width and all(map(all, samplings)) and start + len(scan) + len(END) <= len(data)
   )
-  known = bits == 8 and channels in (1, 3) and len(frame) == _FRAME.size + 3 * channels
-  if not known or not height or not width or not all(map(all, samplings)):
+  if not known or not sound:
     return None
   rows, columns = map(max, zip(*samplings, strict=True)) if channels == 3 else (1, 1)
   # As libjpeg tells them; all that is neither named RGB nor of a kind of Adobe's is YCbCr.

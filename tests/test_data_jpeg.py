@@ -212,6 +212,8 @@ def test_headers_say_what_pillow_says():
   assert jpeg.read(encode().replace(b"\xff\xc0", b"\xff\xc9", 1)) is None  # arithmetic
   assert jpeg.read(with_segment(encode(), 0xE2, b"MPF\0")).notes  # one of several images
   assert not jpeg.read(encode()).notes
+  at = jpeg.read(encode()).size
+  assert jpeg.read(encode()[:at] + b"\xff\xff\xff\xff" + encode()[at + 4 :]) is None  # too large
   assert jpeg.read(encode(np.ascontiguousarray(SCENE[..., 0]))).unit == (8, 8)
 
 

@@ -22,6 +22,7 @@ _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those with a size; the rest is rare
 _SIZE = struct.Struct(">HH")
 _FRAME = struct.Struct(">BHHB")  # bits, height, width, number of components; three bytes of each
+_LARGEST = 65500  # pixels of a side that libjpeg takes; rounded to units it still has two bytes
 _MARKER = re.compile(rb"\xff[^\0]")
 _SAMPLINGS = {(1, 1), (1, 2), (2, 2), (2, 1), (1, 4)}  # 4:4:4, 4:2:2, 4:2:0, 4:4:0 and 4:1:1
 
@@ -77,10 +78,8 @@ def read(data: bytes) -> Header | None:
   components = frame[_FRAME.size :]
   names, samplings = components[::3], [(byte & 15, byte >> 4) for byte in components[1::3]]
   known = bits == 8 and channels in (1, 3) and len(components) == 3 * channels
-  sound = (
-    height and width and all(map(all, samplings)) and start + len(scan) + len(END) <= len(data)
-  )
-  if not known or not sound:
+  sound = 0 < min(height, width) <= max(height, width) <= _LARGEST and all(map(all, samplings))
+  if not known or not sound or start + len(scan) + len(END) > len(data):
     return None
   rows, columns = map(max, zip(*samplings, strict=True)) if channels == 3 else (1, 1)
   # As libjpeg tells them; all that is neither named RGB nor of a kind of Adobe's is YCbCr.

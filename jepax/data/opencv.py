@@ -3,7 +3,9 @@
 OpenCV decodes the 8-bit grey and colour JPEGs that are whole; every other file goes through
 `decode.decode`, so that damage, transparency, palettes, CMYK and 16 bits have one treatment. A JPEG
 is decoded at a half, a quarter or an eighth (in the DCT, at a fraction of the cost) where the crop
-still has at least the pixels that are wanted of it.
+still has at least the pixels that are wanted of it; and down to the end of the crop alone, where
+its pixels are stored from top to bottom (those of a progressive JPEG, or with restarts, are not).
+Damage below the crop goes unseen.
 
 OpenCV's own linear and cubic interpolation do not antialias, and its area interpolation costs more
 than decoding; `resize` smooths just enough before it interpolates. Crops of 500x375 photos to 224,
@@ -21,11 +23,11 @@ from types import ModuleType
 import numpy as np
 from PIL import ExifTags, Image
 
+from jepax.data import jpeg
 from jepax.data.decode import UNREADABLE, BadExample, Encoded, decode
 
 _REDUCTIONS = (8, 4, 2)
 _SMOOTHED = math.sqrt(5)  # three weights smooth enough for this factor: they are equal there
-END = b"\xff\xd9"  # of a JPEG; cut ones lack it, and OpenCV would fill what is missing with grey
 # What turns the stored pixels upright, by EXIF orientation: the axes that OpenCV flips (0 rows,
 # 1 columns, -1 both), after rows and columns have changed places from 5 on.
 _FLIPS = {1: None, 2: 1, 3: -1, 4: 0, 5: None, 6: 1, 7: -1, 8: 0}
@@ -52,6 +54,7 @@ class Picture:
   height, width: upright, pixels.
   source: u8[h w c], or the bytes of a whole 8-bit JPEG.
   channels: 1 or 3. name: for errors. orientation: EXIF's, of `source`.
+  header: of `source`, where it is a JPEG of the usual kinds.
   """
 
   height: int
@@ -60,6 +63,7 @@ class Picture:
   channels: int
   name: str
   orientation: int = 1
+  header: jpeg.Header | None = None
 
   @classmethod
   def of(cls, image: np.ndarray | Encoded) -> Picture:
@@ -67,11 +71,15 @@ class Picture:
     if isinstance(image, np.ndarray):
       return cls(*image.shape[:2], image, image.shape[-1], "array")
     data = image.read()
+    header, most = jpeg.read(data), Image.MAX_IMAGE_PIXELS or math.inf
+    if header is not None and not header.notes and header.height * header.width <= most:
+      size = (header.height, header.width)
+      return cls(*size, data, image.channels, image.name, header=header)
     try:
-      with Image.open(io.BytesIO(data)) as header:
-        plain = header.format == "JPEG" and header.mode in ("L", "RGB") and data.endswith(END)
-        orientation = header.getexif().get(ExifTags.Base.Orientation, 1) if plain else 1
-        width, height = header.size
+      with Image.open(io.BytesIO(data)) as file:
+        plain = file.format == "JPEG" and file.mode in ("L", "RGB") and data.endswith(jpeg.END)
+        orientation = file.getexif().get(ExifTags.Base.Orientation, 1) if plain else 1
+        width, height = file.size
     except UNREADABLE as error:
       raise BadExample(f"{image.name}: {type(error).__name__}: {error}") from error
     if not plain:
@@ -81,7 +89,7 @@ class Picture:
       orientation = 1  # as Pillow does with tags that mean nothing
     if orientation >= _TRANSPOSED:
       height, width = width, height
-    return cls(height, width, data, image.channels, image.name, orientation)
+    return cls(height, width, data, image.channels, image.name, orientation, header)
 
   def resized(
     self, box: tuple[int, int, int, int], size: tuple[int, int], *, interpolation: str
@@ -141,14 +149,31 @@ class Picture:
     flags = cv2.IMREAD_COLOR_RGB if self.channels == 3 else cv2.IMREAD_GRAYSCALE
     if reduction > 1:
       flags |= getattr(cv2, f"IMREAD_REDUCED_GRAYSCALE_{reduction}")
-    pixels = cv2.imdecode(
-      np.frombuffer(self.source, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION
-    )
-    if pixels is None:
+    flags |= cv2.IMREAD_IGNORE_ORIENTATION
+    for data in self._shortest_first(box, reduction):
+      pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+      if pixels is not None:
+        break
+    else:
       return None
     pixels = pixels.reshape(*pixels.shape[:2], self.channels)
     reduced = tuple(n / reduction for n in box)
     return resize(pixels, size, interpolation=interpolation, box=reduced)
+
+  def _shortest_first(self, box: tuple[int, int, int, int], reduction: int) -> list[bytes]:
+    """The file with the rows down to the end of a box alone, if that can be had; the whole file.
+
+    OpenCV prints what libjpeg complains of. Without an end it finds no marker to complain at, and
+    gives up what is below the rows in silence; but where the data end within them, it returns None.
+    """
+    header = self.header
+    if header is None:
+      return [self.source]
+    below = header.unit[0] // jpeg.BLOCK - 1  # libjpeg interpolates Cb and Cr with rows below
+    rows = (-(-(box[0] + box[2]) // reduction) + below) * reduction
+    if header.needs_all(rows) or not header.ends_once(self.source):
+      return [self.source]
+    return [header.sized(self.source, rows, header.width, end=b""), self.source]
 
 
 def resize(

@@ -6,31 +6,28 @@ and only the result is turned to RGB, so that less is computed and less resized.
 interpolation of colour that libjpeg does in between is left out.
 
 Takes whole 8-bit colour JPEGs of the usual kinds, where the crop needs them at full size; all else
-is left to `jepax.data.opencv`. (At a half, libjpeg can do better than planes at a half: it decodes
-colour at as many pixels as brightness.)
+is left to `jepax.data.opencv`, whose way to leave out the rows below the crop is taken here too.
+(At a half, libjpeg can do better than planes at a half: it decodes colour at as many pixels as
+brightness.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
-from jepax.data import opencv
-from jepax.data.decode import Encoded
+from jepax.data import jpeg, opencv
 
 if TYPE_CHECKING:
   from turbojpeg import TurboJPEG
 
-_FAILED = (OSError, ValueError, KeyError, UserWarning)  # on what is damaged or of no kind it knows
-_YCBCR = 1  # libjpeg-turbo's TJCS_YCbCr
-# Rows and columns of the image to one of Cb and Cr, by its TJSAMP_444, _422, _420, _440 and _411.
-_SAMPLINGS = {0: (1, 1), 1: (1, 2), 2: (2, 2), 4: (2, 1), 5: (1, 4)}
+_FAILED = (OSError, ValueError, KeyError)  # on what is damaged or of no kind it knows
+# A marker that means nothing, put behind the pixels where rows of them are left out: no other file
+# has it, so libjpeg-turbo's complaint about what it skipped can't be of another thing.
+_LAST, _SKIPPED = b"\xff\x01", " extraneous bytes before marker 0x01"
 
 
 def require() -> TurboJPEG:
@@ -62,47 +59,32 @@ def require() -> TurboJPEG:
 
 @functools.cache
 def _opened(kind: type[TurboJPEG]) -> TurboJPEG:
-  # It warns where libjpeg-turbo fills in what is damaged, or gave up: no pixels to go on with.
-  warnings.filterwarnings("error", category=UserWarning, module=r"turbojpeg\Z")
-  return kind()
+  decoder = kind()
+  # It would only warn where libjpeg-turbo fills in what is damaged, or gave up.
+  decoder._TurboJPEG__report_error = functools.partial(_report, decoder)
+  return decoder
+
+
+def _report(decoder: TurboJPEG, handle: int) -> None:
+  """Raises OSError for what libjpeg-turbo complains of, unless that is that rows are left out."""
+  message = decoder._TurboJPEG__get_error_string(handle)  # of the first complaint
+  if not message.endswith(_SKIPPED):
+    raise OSError(message)
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture(opencv.Picture):
-  """An image whose pixels are decoded when it is known which are wanted.
-
-  factors: rows and columns of the image to one of Cb and Cr; None where OpenCV is to decode.
-  """
-
-  factors: tuple[int, int] | None = None
-
-  @classmethod
-  def of(cls, image: np.ndarray | Encoded) -> Picture:
-    """Reads the header of an encoded image; raises BadExample where it can't be read."""
-    if isinstance(image, np.ndarray) or image.channels == 1:  # OpenCV decodes Y alone as well
-      return super().of(image)
-    data, factors = image.read(), None
-    try:
-      width, height, sampling, space = require().decode_header(data)
-      factors = _SAMPLINGS.get(sampling) if space == _YCBCR else None
-      whole = data.endswith(opencv.END) and width * height <= (Image.MAX_IMAGE_PIXELS or math.inf)
-      if factors and whole and not _has_notes(data):
-        return cls(height, width, data, image.channels, image.name, factors=factors)
-    except _FAILED:
-      pass  # Pillow reads it, or says why not
-    found = super().of(dataclasses.replace(image, file=data))
-    return dataclasses.replace(found, factors=factors)
+  """An image whose pixels are decoded when it is known which are wanted."""
 
   def _cut(
     self, box: tuple[int, int, int, int], size: tuple[int, int], reduction: int, interpolation: str
   ) -> np.ndarray | None:
-    if self.factors is None or reduction > 1:
-      return super()._cut(box, size, reduction, interpolation)
-    try:
-      planes = require().decode_to_yuv_planes(self.source)
-    except _FAILED:
+    known = self.channels == 3 and self.header is not None and self.header.factors is not None
+    planes = self._planes(box[0] + box[2]) if known and reduction == 1 else None
+    if planes is None:
       return super()._cut(box, size, reduction, interpolation)
     top, left, height, width = box
+    factors = self.header.factors
     y, cb, cr = (
       opencv.resize(
         plane[..., None],
@@ -110,20 +92,24 @@ class Picture(opencv.Picture):
         interpolation=interpolation,
         box=(top / down, left / across, height / down, width / across),
       )
-      for plane, (down, across) in zip(planes, ((1, 1), self.factors, self.factors), strict=True)
+      for plane, (down, across) in zip(planes, ((1, 1), factors, factors), strict=True)
     )
     cv2 = opencv.require()
     return cv2.cvtColor(cv2.merge([y, cr, cb]), cv2.COLOR_YCrCb2RGB)
 
-
-def _has_notes(data: bytes) -> bool:
-  """Whether a JPEG may hold EXIF or XMP, which say how to turn it; Pillow is to read those."""
-  start = 2  # after the two bytes that begin the file
-  while data[start : start + 1] == b"\xff":
-    kind = data[start + 1 : start + 2]
-    if kind == b"\xda":  # the pixels begin
-      return False
-    if kind == b"\xe1":  # the segment of both
-      return True
-    start += 2 + int.from_bytes(data[start + 2 : start + 4])
-  return True  # bytes between segments: rare, and not for here
+  def _planes(self, rows: int) -> list[np.ndarray] | None:
+    """Y, Cb and Cr of at least the first rows; None where libjpeg-turbo complains."""
+    files = [self.source]
+    if self.header.one_scan:
+      # Of whole units, which are decoded anyway: libjpeg-turbo copies what it has to trim.
+      height, width = (
+        -(-n // u) * u for n, u in zip((rows, self.header.width), self.header.unit, strict=True)
+      )
+      end = jpeg.END if self.header.needs_all(rows) else _LAST + jpeg.END
+      files.insert(0, self.header.sized(self.source, height, width, end=end))
+    for data in files:
+      try:
+        return require().decode_to_yuv_planes(data)
+      except _FAILED:
+        pass
+    return None

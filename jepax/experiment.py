@@ -141,11 +141,13 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
 
   step = make_train_step(method, tx, accumulate=config.accumulate)
   key = jax.eval_shape(jax.random.key, 0)  # a real one lies on devices, which a plan's mesh has not
-  with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(init, key)
-    _, metrics = jax.eval_shape(step, abstract, {"image": image})
-  placement = sharding.state_shardings(mesh, abstract)
   replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(init, key)
+    placement = sharding.state_shardings(mesh, shapes)
+    abstract = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, placement)
+    # With placements, as the first step has them: it then needs no second trace.
+    _, metrics = jax.eval_shape(step, abstract, {"image": image.update(sharding=rows)})
 
   def encoder(branch):
     def encode(params, carry, images):
@@ -174,9 +176,7 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
     encode={branch: encoder(branch) for branch in method.branches},
     batch_sharding=rows,
     metrics=tuple(metrics),
-    abstract_state=jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, placement
-    ),
+    abstract_state=abstract,
   )
 
 

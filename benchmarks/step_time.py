@@ -2,13 +2,13 @@
 
   git clone https://github.com/facebookresearch/ijepa REFERENCE
   python benchmarks/step_time.py --reference=REFERENCE [--reference_python=PYTHON] \
-    [--peers=eager,compile] [--rounds=3 --steps=10] [CONFIG[,KEY=VALUE ...] ...]
+    [--device=cuda] [--peers=eager,compile] [--rounds=3 --steps=10] [CONFIG[,KEY=VALUE ...] ...]
 
 Each side runs in a process of its own, in turns, on random images that lie on the device already.
 The reference gets contexts and targets of as many tokens as jepax computes, padding included, so
 both do the same work; drawing the masks is part of jepax's step and not of the reference's, which
 does it in the loader's workers. PYTHON is an interpreter with torch, this one by default. Runs on
-a CPU or on one CUDA GPU. Writes benchmarks/results/step_time.json and .md.
+a CPU or on one CUDA GPU. Writes benchmarks/results/step_time.json and .md, step_time_cuda on a GPU.
 """
 
 from __future__ import annotations
@@ -30,12 +30,31 @@ import numpy as np
 from jepax import huge_pages
 
 HERE = pathlib.Path(__file__).parent
-CASES = (
-  "configs/quickstart.py",
-  "configs/quickstart.py,method.encoder.activation=gelu,method.predictor.activation=gelu",
-  # Two devices, each of which updates its half of 30 million parameters instead of all of them.
-  "configs/ijepa_vits.py,batch_size=16,precision=float32,mesh.data=1,mesh.fsdp=-1",
+_UNROLLED = ",".join(
+  f"method.{part}.{choice}"
+  for part in ("encoder", "predictor")
+  for choice in ("scan=false", "remat=none")
 )
+CASES = {
+  "cpu": (
+    "configs/quickstart.py",
+    "configs/quickstart.py,method.encoder.activation=gelu,method.predictor.activation=gelu",
+    # Two devices, each of which updates its half of 30 million parameters instead of all of them.
+    "configs/ijepa_vits.py,batch_size=16,precision=float32,mesh.data=1,mesh.fsdp=-1",
+  ),
+  # Batches of the reference's GPUs, or what fits beside it in 80 GB; see results/gpu_program.md.
+  "cuda": (
+    "configs/ijepa_vitb.py,batch_size=256",
+    f"configs/ijepa_vitl.py,batch_size=256,{_UNROLLED}",
+    f"configs/ijepa_vith14.py,batch_size=128,{_UNROLLED}",
+  ),
+}
+PEERS = {"cpu": "eager", "cuda": "eager,compile"}
+# Of both sides: one kind of device, and one GPU.
+ENVIRONMENTS = {
+  "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+  "cuda": {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": "0"},
+}
 # Dense bfloat16 FLOP/s of one GPU, NVIDIA's data sheets.
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 
@@ -226,15 +245,24 @@ def table(results: list[dict]) -> str:
 
 def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("cases", nargs="*", default=CASES, help="CONFIG[,KEY=VALUE ...]")
+  parser.add_argument("cases", nargs="*", help="CONFIG[,KEY=VALUE ...]; those of the device")
+  parser.add_argument("--device", choices=list(CASES), default=device(), help="cuda where there is")
   parser.add_argument("--reference", type=pathlib.Path, help="checkout of the reference")
   parser.add_argument("--reference_python", default=sys.executable, help="interpreter with torch")
-  parser.add_argument("--peers", default="eager", help="eager, compile, or both by a comma")
+  parser.add_argument("--peers", help="eager, compile, or both by a comma (default on cuda)")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--warmup", type=int, default=3, help="steps before the timed ones")
   parser.add_argument("--steps", type=int, default=10)
   parser.add_argument("--worker", help=argparse.SUPPRESS)
-  return parser.parse_args()
+  options = parser.parse_args()
+  options.cases = options.cases or CASES[options.device]
+  options.peers = options.peers or PEERS[options.device]
+  return options
+
+
+def device() -> str:
+  """What this machine has, without loading what would hold its memory."""
+  return "cuda" if pathlib.Path("/dev/nvidiactl").exists() else "cpu"
 
 
 def main() -> None:
@@ -244,7 +272,7 @@ def main() -> None:
     return
   if options.reference is None or not (options.reference / "src" / "train.py").is_file():
     raise SystemExit("--reference must be a checkout of facebookresearch/ijepa")
-  environment = dict(os.environ)
+  environment = ENVIRONMENTS[options.device] | dict(os.environ)
   added = huge_pages.environment()  # as jepax.main starts with; the reference is slower with it
   os.environ["JAX_PLATFORMS"] = "cpu"  # this process only looks at shapes
   from jepax.versions import environment as versions
@@ -261,8 +289,10 @@ def main() -> None:
   shown = [f"{n}={paths[n]}" if n in paths else w for n, w in zip(words, sys.argv[1:], strict=True)]
   command = " ".join(["python", "benchmarks/step_time.py", *shown])
   notes = {"date": datetime.date.today().isoformat(), "command": command, **versions()}
+  notes |= {"devices": results[0]["rows"][0]["device"]}  # this process looked at shapes alone
   notes |= {f"{name}, jepax alone": value for name, value in added.items()}
-  path = HERE / "results" / "step_time.json"
+  name = "step_time" if options.device == "cpu" else f"step_time_{options.device}"
+  path = HERE / "results" / f"{name}.json"
   path.write_text(json.dumps({"notes": notes, "results": results}, indent=1) + "\n")
   text = ["# A training step beside the reference's", table(results)]
   text.append("\n".join(f"- {name}: {value}" for name, value in notes.items()))

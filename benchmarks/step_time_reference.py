@@ -60,7 +60,7 @@ def parameter_groups(*modules: torch.nn.Module) -> list[dict]:
 
 
 def make_step(case: dict, device: str):
-  """A function without arguments that trains one step and returns the loss as a number."""
+  """A function without arguments that trains one step and returns the loss."""
   from src.masks.utils import apply_masks
   from src.utils.tensors import repeat_interleave_batch
 
@@ -85,7 +85,7 @@ def make_step(case: dict, device: str):
   half = case["precision"] == "bfloat16"
   scaler = torch.amp.GradScaler(device) if half and device == "cuda" else None
 
-  def step() -> float:
+  def step() -> torch.Tensor:
     with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
       with torch.no_grad():
         h = run_target(images)
@@ -103,7 +103,7 @@ def make_step(case: dict, device: str):
     with torch.no_grad():
       for p, q in zip(encoder.parameters(), target.parameters(), strict=True):
         q.data.mul_(0.998).add_((1.0 - 0.998) * p.detach().data)
-    return float(loss)
+    return loss.detach()
 
   return step
 
@@ -114,14 +114,14 @@ def main() -> None:
   device = "cuda" if torch.cuda.is_available() else "cpu"
   step = make_step(case, device)
   start = time.perf_counter()
-  step()
+  float(step())
   first = time.perf_counter() - start
   for _ in range(case["warmup"]):
-    step()
+    float(step())
   seconds = []
   for _ in range(case["steps"]):
     start = time.perf_counter()
-    step()
+    float(step())
     if device == "cuda":
       torch.cuda.synchronize()
     seconds.append(time.perf_counter() - start)

@@ -96,7 +96,7 @@ def compile_step(experiment: Experiment) -> Program:
       if shortage is None:
         raise
   return Program(
-    memory=_memory(compiled.memory_analysis(), platform) if compiled else None,
+    memory=memory(compiled.memory_analysis(), platform) if compiled else None,
     collectives=collectives(compiled.as_text()) if compiled else None,
     shortage=shortage,
     rematerialised=tuple(line.strip() for line in lines if REMATERIALISATION in line),
@@ -110,7 +110,7 @@ def state_bytes(experiment: Experiment) -> int:
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def _memory(analysis: Any, platform: str) -> Memory:
+def memory(analysis: Any, platform: str) -> Memory:
   found = Memory(
     arguments=analysis.argument_size_in_bytes,
     outputs=analysis.output_size_in_bytes,

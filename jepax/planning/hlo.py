@@ -45,12 +45,12 @@ def collectives(text: str) -> dict[str, Traffic]:
   Args:
     text: `compiled.as_text()`.
   """
-  entry, computations = _computations(text)
+  entry, bodies = split(text)
   totals = collections.Counter()
   sizes = collections.Counter()
 
   def walk(name: str, times: int) -> None:
-    for line in computations[name]:
+    for line in bodies[name]:
       found = _INSTRUCTION.match(line)
       if not found:
         continue
@@ -59,9 +59,9 @@ def collectives(text: str) -> dict[str, Traffic]:
       if kind in KINDS:  # a start's result holds its operand too
         if not operation.endswith("-start"):
           totals[kind] += times
-          sizes[kind] += times * _bytes(shape)
+          sizes[kind] += times * bytes_of(shape)
         continue
-      length = _length(line, computations) if operation == "while" else 1
+      length = turns(line, bodies) if operation == "while" else 1
       if operation not in ("async-update", "async-done"):
         for called in _CALLED.findall(line):
           for inner in called.replace("%", "").split(", "):
@@ -71,7 +71,7 @@ def collectives(text: str) -> dict[str, Traffic]:
   return {kind: Traffic(totals[kind], sizes[kind]) for kind in KINDS if totals[kind]}
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
+def split(text: str) -> tuple[str, dict[str, list[str]]]:
   """The entry's name, and the lines of each computation."""
   entry, current, found = "", "", collections.defaultdict(list)
   for line in text.splitlines():
@@ -83,7 +83,7 @@ def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
   return entry, found
 
 
-def _length(line: str, computations: dict[str, list[str]]) -> int:
+def turns(line: str, computations: dict[str, list[str]]) -> int:
   """How often a while loop runs: what the compiler says, or the bound it counts up to."""
   if known := _KNOWN_LENGTH.search(line):
     return int(known[1])
@@ -92,7 +92,7 @@ def _length(line: str, computations: dict[str, list[str]]) -> int:
   return bounds.pop() if len(bounds) == 1 else 1
 
 
-def _bytes(shape: str) -> int:
+def bytes_of(shape: str) -> int:
   """Of an array or a tuple of them: 'f32[8,4]{1,0}' is 128."""
   bits = 0
   for kind, width, sizes in _ARRAY.findall(shape):

@@ -131,7 +131,7 @@ def make(
     batch_size=config.batch_size,
     mesh=dict(experiment.mesh.shape),
     parameters=_parameters(experiment.abstract_state.params),
-    flops_per_image=_flops(config, target, examples) / config.batch_size,
+    flops_per_image=step_flops(config, target, examples) / config.batch_size,
     steps=experiment.steps,
     examples=examples,
     mfu=mfu,
@@ -151,7 +151,7 @@ def describe(config: ConfigDict, target: Target, *, examples: int) -> Experiment
   return prepare(config, data=data, mesh=mesh)
 
 
-def _flops(config: ConfigDict, target: Target, examples: int) -> int:
+def step_flops(config: ConfigDict, target: Target, examples: int) -> int:
   """Of one step's matrix products."""
   plain = describe(without_remat(config), target, examples=examples)
   return flops.count(aot.trace(plain).jaxpr)

@@ -19,10 +19,10 @@ if [[ -z $workdir ]]; then
 fi
 
 # This shell is process 1 of the container: SIGTERM reaches it alone. A second one jepax would die of.
+stopped=no status=0
+trap 'trap "" TERM; stopped=yes; kill -TERM "$!"' TERM # before there is anything to be signalled for
 python -m jepax.main "$@" &
-child=$! stopped=no
-trap 'trap "" TERM; stopped=yes; kill -TERM "$child"' TERM
-status=0
+child=$!
 wait "$child" || status=$?
 if [[ $stopped == yes ]]; then # the trap ended the first wait
   status=0

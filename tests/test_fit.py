@@ -17,8 +17,6 @@ from jepax.lock import lock
 from jepax.metrics import read_history
 from jepax.summary import make_probe
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ENCODERS = {"target", "online", "random_init"}
 
 

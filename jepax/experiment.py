@@ -143,9 +143,11 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
   key = jax.eval_shape(jax.random.key, 0)  # a real one lies on devices, which a plan's mesh has not
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(init, key)
-    _, metrics = jax.eval_shape(step, abstract, {"image": image})
   placement = sharding.state_shardings(mesh, abstract)
   replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  abstract = jax.tree.map(_placed, abstract, placement)
+  with jax.set_mesh(mesh):  # placed as training has them, which need not trace the step again
+    _, metrics = jax.eval_shape(step, abstract, {"image": _placed(image, rows)})
 
   def encoder(branch):
     def encode(params, carry, images):
@@ -174,10 +176,12 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
     encode={branch: encoder(branch) for branch in method.branches},
     batch_sharding=rows,
     metrics=tuple(metrics),
-    abstract_state=jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, placement
-    ),
+    abstract_state=abstract,
   )
+
+
+def _placed(x: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 def _on_mesh(mesh: Mesh, function: Callable) -> Callable:

@@ -69,19 +69,18 @@ def full_size(name: str) -> Experiment:
   return prepare(config, data=Data.unread(config.data, count=IMAGENET))
 
 
-@pytest.fixture
-def one_quick_device(monkeypatch):
-  """One device, as on a laptop, and few of XLA's passes: compiling is most of a smoke run."""
+@functools.cache
+def smoke(name: str) -> Experiment:
+  """The smoke form of a config on one device, as on a laptop; traces the training step."""
   one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-  monkeypatch.setattr(sharding, "make_mesh", one)
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "make_mesh", one)
+    return prepare(config_lib.load(spec(name) + ":smoke"))
 
 
-def images(config, *, count: int) -> jax.ShapeDtypeStruct:
+def images(config, *, count: int, sharding=None) -> jax.ShapeDtypeStruct:
   c = config.data
-  return jax.ShapeDtypeStruct((count, c.size, c.size, c.channels), np.uint8)
+  return jax.ShapeDtypeStruct((count, c.size, c.size, c.channels), np.uint8, sharding=sharding)
 
 
 def patches(experiment: Experiment) -> int:
@@ -107,13 +106,18 @@ def test_docstring_says_how_to_run(name):
 def test_train_step_at_full_size(name):
   """Those in half precision for a GPU, where cuDNN takes all of their attention."""
   experiment = full_size(name)
-  c, step = experiment.config, experiment.train_step.__wrapped__
+  c, state, step = experiment.config, experiment.abstract_state, experiment.train_step.__wrapped__
   half = c.precision == "bfloat16"
-  # For a GPU without the placements, which are of this machine's devices.
-  state = jax.tree.map(lambda x: x.update(sharding=None), experiment.abstract_state)
-  with pretend_gpu.one() if half else jax.set_mesh(experiment.mesh) as written_out:
-    traced = jax.make_jaxpr(step.__wrapped__ if half else step, return_shape=True)
-    program, (new, metrics) = traced(state, {"image": images(c, count=c.batch_size)})
+  if half:
+    # Without the placements, which are of this machine's devices.
+    state = jax.tree.map(lambda x: x.update(sharding=None), state)
+    with pretend_gpu.one() as written_out:
+      traced = jax.make_jaxpr(step.__wrapped__, return_shape=True)
+      program, (new, metrics) = traced(state, {"image": images(c, count=c.batch_size)})
+  else:
+    batch = {"image": images(c, count=c.batch_size, sharding=experiment.batch_sharding)}
+    with jax.set_mesh(experiment.mesh):
+      new, metrics = jax.eval_shape(step, state, batch)
   chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
   assert {(m.shape, m.dtype.name) for m in metrics.values()} == {((), "float32")}
   for leaf in jax.tree.leaves((state.params, state.carry)):
@@ -164,20 +168,19 @@ def test_recipe_of_the_released_vith14():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_smoke_is_of_the_same_method_on_the_same_grid(name, one_quick_device):
-  smoke = prepare(config_lib.load(spec(name) + ":smoke"))  # traces the training step
-  full = full_size(name)
-  assert patches(smoke) == patches(full)  # and so all that the masks do stays real
-  assert smoke.config.method.name == full.config.method.name
+def test_smoke_is_of_the_same_method_on_the_same_grid(name):
+  small, full = smoke(name), full_size(name)
+  assert patches(small) == patches(full)  # and so all that the masks do stays real
+  assert small.config.method.name == full.config.method.name
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_smoke_trains_two_steps(name, one_quick_device):
-  experiment = prepare(config_lib.load(spec(name) + ":smoke", ["total=2 steps"]))
+def test_smoke_trains_two_steps(name):
+  experiment = smoke(name)
   state = experiment.initial_state()
   first = jax.device_get(state.params)
   with experiment.loader(start=0) as batches:
-    for batch in batches:
+    for _, batch in zip(range(2), batches, strict=False):
       placed = sharding.global_batch({"image": batch["image"]}, experiment.batch_sharding)
       state, metrics = experiment.train_step(state, placed)
   assert int(state.step) == 2 and np.isfinite(metrics["train/loss"])

@@ -26,7 +26,7 @@ IMAGES = tiny.images(8, seed=3)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, quick_compile):
+def run(tmp_path_factory):
   """A workdir as training leaves it after 10 steps, and the features of each branch."""
   workdir = tmp_path_factory.mktemp("run")
   config = tiny.config("ijepa", method__encoder__scan=True)

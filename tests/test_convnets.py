@@ -27,8 +27,6 @@ from jepax.models.convnext import convnext
 from jepax.models.resnet import EPSILON, BatchNorm, ResNet, resnet
 from jepax.sharding import global_batch, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 RESNET = dict(variant="resnet18", stem="cifar", width=16, depths=(1, 1))
 CONVNEXT = dict(variant="convnext_tiny", stem=1, width=16, depths=(1, 1))
 STEPS, HALF = 4, 2
@@ -259,7 +257,7 @@ def test_layer_decay_is_for_transformers():
 
 
 @pytest.fixture(scope="module")
-def eight(quick_compile):
+def eight():
   """SimCLR with a ResNet on eight devices."""
   return prepare(config(), data=tiny.data())
 

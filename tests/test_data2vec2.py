@@ -20,8 +20,6 @@ from jepax.methods import data2vec2
 from jepax.models.decoder import ConvDecoder, grouped_conv
 from jepax.models.transformer import Transformer, mlp_outputs
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 PATCH, GRID, WIDTH, HEADS, DEPTH = 2, (3, 3), 8, 2, 3
 RUN = config_lib.Run(size=6, channels=1, mean=(0.5,), std=(0.25,), steps=10)
 SETTINGS = dict(

@@ -17,8 +17,6 @@ from jepax.data.resample import crop_resize
 from jepax.data.sources import embedded
 from jepax.data.views import MultiCrop
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 UNIT = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 KEYS = jax.random.split(jax.random.key(0), 6)
 

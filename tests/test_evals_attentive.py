@@ -13,8 +13,6 @@ from scipy.special import erf
 from jepax.evals import attentive
 from jepax.evals.attentive import Attentive, Pooler
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = Attentive(learning_rates=(1e-2,), weight_decays=(0.01,), epochs=12, batch_size=32, heads=2)
 
 

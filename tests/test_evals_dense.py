@@ -12,8 +12,6 @@ import pytest
 from jepax.data import scenes
 from jepax.evals import dense, depth, segmentation
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GRID = (3, 4)
 QUICK = {"steps": 150, "batch_size": 8, "warmup": 10, "learning_rate": 0.03}
 DEPTH = QUICK | {"grid": GRID, "bins": 32, "steps": 300}

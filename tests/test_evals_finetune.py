@@ -19,8 +19,6 @@ from jepax.models.vit import ViT
 from jepax.pretrained import Encoder, Preprocess
 from jepax.sharding import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 PLAIN = FineTune(
   epochs=1,
   batch_size=16,

@@ -12,8 +12,6 @@ from sklearn.datasets import load_digits
 from jepax.evals import grid, lars
 from jepax.evals.grid import Grid
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = Grid(learning_rates=(0.5, 0.05), weight_decays=(0.0, 0.1), epochs=2, batch_size=16)
 
 

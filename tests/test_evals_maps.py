@@ -15,8 +15,6 @@ from jepax.evals.predictor import retrieval
 from jepax.models.vit import ViT, sincos2d
 from jepax.pretrained import Encoder, Preprocess
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 MODULE = ViT(patch=4, width=16, depth=2, heads=2, mlp_width=24, class_token=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -9,15 +10,13 @@ import numpy as np
 import pytest
 import tiny
 
-from jepax import fit
+from jepax import fit, sharding
 from jepax.checkpoint import Checkpoints
 from jepax.data.build import Data
 from jepax.experiment import prepare
 from jepax.lock import lock
 from jepax.metrics import read_history
 from jepax.summary import make_probe
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ENCODERS = {"target", "online", "random_init"}
 
@@ -84,6 +83,14 @@ def test_other_arrays_are_another_run(finished):
     fit.run(tiny.config("ijepa", mesh__fsdp=2, accumulate=2), finished[0], data=other)
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+  """As on a laptop."""
+  one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+  monkeypatch.setattr(sharding, "make_mesh", one)
+
+
+@pytest.mark.usefixtures("one_device")
 def test_early_stop_evaluates_the_best_step(tmp_path):
   config = tiny.config(
     "mae", stop__metric="train/loss", stop__mode="max", stop__patience=2, eval__every="1 steps"
@@ -96,6 +103,7 @@ def test_early_stop_evaluates_the_best_step(tmp_path):
     assert saved.latest() == best
 
 
+@pytest.mark.usefixtures("one_device")
 def test_divergence_stops_with_the_last_good_parameters(tmp_path):
   config = tiny.config("mae", optim__lr=1e30, optim__warmup=0, max_skipped=3)
   with pytest.raises(fit.Diverged, match=r"3 updates were not finite .*Lower optim\.lr"):
@@ -107,6 +115,7 @@ def test_divergence_stops_with_the_last_good_parameters(tmp_path):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_diverged_run_still_ends_with_results_and_a_report(tmp_path):
   config = tiny.config("mae", optim__lr=1e30, optim__warmup=0, total="2 steps", eval__every=0)
   fit.run(config, tmp_path / "run", data=tiny.data())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
+from jepax import config as config_lib
 from jepax import flops, sharding
-from jepax.experiment import prepare
 
 
 def count(function, *arguments) -> int:
@@ -83,31 +83,30 @@ def test_a_loop_of_unknown_length_is_refused():
 
 def tiny_gradient(method: str, *, width: int) -> tuple:
   """The traced gradient of a method's loss, and the method with what it was traced for."""
-  c = tiny.config(method).copy_and_resolve_references().unlock()
-  c.method.encoder.update(width=width, heads=2, depth=2, mlp_width=4 * width)
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  experiment = prepare(c, data=tiny.data(), mesh=mesh)
-  state, key = experiment.abstract_state, jax.eval_shape(jax.random.key, 0)
-  batch = {"image": shaped(tiny.BATCH, tiny.SIZE, tiny.SIZE, 1, dtype=np.uint8)}
-  gradient = jax.jit(jax.grad(experiment.method.loss, has_aux=True))
-  traced = gradient.trace(state.params, state.carry, batch, key, state.step)
-  return traced, experiment.method, state
+  section = config_lib.ConfigDict(dict(name=method, **tiny.METHODS[method]))
+  section.encoder.update(width=width, heads=2, depth=2, mlp_width=4 * width)
+  run = config_lib.Run(size=tiny.SIZE, channels=1, mean=(0.5,), std=(0.25,), steps=10)
+  found = config_lib.build_method(section, run)
+  key, batch = jax.random.key(0), {"image": tiny.images(tiny.BATCH)}
+  params, carry = jax.eval_shape(found.init, key, batch)
+  gradient = jax.jit(jax.grad(found.loss, has_aux=True))
+  return gradient.trace(params, carry, batch, key, 0), found, params
 
 
 def test_ijepa_is_the_sum_of_its_parts():
   """The target once, the trained parts thrice, but for the gradient of the pixels."""
-  gradient, method, state = tiny_gradient("ijepa", width=32)
+  gradient, method, params = tiny_gradient("ijepa", width=32)
   images = shaped(tiny.BATCH, tiny.SIZE, tiny.SIZE, 1)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), tiny.BATCH))
   masks = jax.eval_shape(method.masks, keys, jax.eval_shape(jax.random.key, 0))
-  weights = {"params": state.params["encoder"]}
+  weights = {"params": params["encoder"]}
   target = count(method.encoder.apply, weights, images)
   context = count(method.encoder.apply, weights, images, masks.context)
   embed = 2 * masks.context.index.size * method.encoder.patch**2 * method.encoder.width
   tokens = shaped(*masks.context.index.shape, method.encoder.width)
   predictor = count(
     lambda p, *inputs: method.predictor.apply({"params": p}, *inputs, grid=method.grid),
-    *(state.params["predictor"], tokens, masks.context, masks.targets),
+    *(params["predictor"], tokens, masks.context, masks.targets),
   )
   assert flops.count(gradient.jaxpr) == target + 3 * context - embed + 3 * predictor
 

@@ -13,8 +13,6 @@ from flax import linen as nn
 
 from jepax import config as config_lib
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 RUN = config_lib.Run(
   size=tiny.SIZE, channels=1, mean=(0.5,), std=(0.25,), steps=10, dtype=jnp.float32
 )

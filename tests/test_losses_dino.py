@@ -12,8 +12,6 @@ import pytest
 from jepax import losses_dino, sharding
 from jepax.models.heads import DinoHead
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 RTOL = 2e-5  # float32, logits divided by temperatures of about 0.05
 
 

@@ -10,45 +10,69 @@ from pathlib import Path
 import jax
 import pytest
 import quick
+from absl.testing import flagsaver
 
-from jepax import main
+from jepax import cli, main
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "--config=configs/quickstart.py:smoke"
 
 
-def start(*arguments: str) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-m", "jepax.main", *arguments]
-  environment = os.environ | quick.ENVIRONMENT
-  return subprocess.run(
-    command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-  )
+MISTAKES = [
+  ([QUICKSTART, "--config.optim.lrr=1"], "did you mean 'optim.lr'"),
+  ([QUICKSTART, "--config.batch_size=ten"], "found 'ten', expected"),
+  (["--config=configs/quickstrat.py"], "did you mean 'quickstart.py'"),
+  ([QUICKSTART, "--config.data.source=tfds", "--config.data.path=nowhere"], "nowhere"),
+  ([QUICKSTART, "--config.data.source=folder", "--config.data.path=nowhere"], "nowhere"),
+]
 
 
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    ([QUICKSTART, "--config.optim.lrr=1"], "did you mean 'optim.lr'"),
-    ([QUICKSTART, "--config.batch_size=ten"], "found 'ten', expected"),
-    (["--config=configs/quickstrat.py"], "did you mean 'quickstart.py'"),
-    ([QUICKSTART, "--config.data.source=tfds", "--config.data.path=nowhere"], "nowhere"),
-    ([QUICKSTART, "--config.data.source=folder", "--config.data.path=nowhere"], "nowhere"),
-  ],
-)
-def test_mistakes(tmp_path, arguments, message):
-  done = start(*arguments, f"--workdir={tmp_path / 'run'}")
-  assert done.returncode == 2
-  assert message in done.stderr
-  assert "Traceback" not in done.stderr and len(done.stderr) < 2000  # one screen
+@pytest.fixture
+def start(capfd, monkeypatch):
+  """Arguments -> the exit status and what was written to stderr; in this process."""
+
+  def call(*arguments: str) -> tuple[int, str]:
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+      main.main(cli.parse(["jepax.main", *arguments], prefix="--config."))
+    return ended.value.code, capfd.readouterr().err
+
+  monkeypatch.chdir(ROOT)
+  return call
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes(start, tmp_path, arguments, message):
+  status, error = start(*arguments, f"--workdir={tmp_path / 'run'}")
+  assert status == 2
+  assert message in error
+  assert "Traceback" not in error and len(error) < 2000  # one screen
   assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("argument", ["--confg=x.py", "stray", "--workdir"])
-def test_unknown_flags(argument):
-  done = start(QUICKSTART, argument)
-  assert done.returncode != 0
-  assert "Traceback" not in done.stderr
-  assert argument.lstrip("-").partition("=")[0] in done.stderr  # what was wrong is named
+def test_unknown_flags(start, argument):
+  status, error = start(QUICKSTART, argument)
+  assert status != 0
+  assert "Traceback" not in error
+  assert argument.lstrip("-").partition("=")[0] in error  # what was wrong is named
+
+
+@pytest.mark.parametrize(
+  ("arguments", "status", "message"),
+  [(MISTAKES[0][0], 2, MISTAKES[0][1]), ([QUICKSTART, "--confg=x.py"], 1, "confg")],
+)
+def test_mistakes_of_a_process(arguments, status, message):
+  done = subprocess.run(
+    [sys.executable, "-m", "jepax.main", *arguments],
+    cwd=ROOT,
+    env=os.environ | quick.ENVIRONMENT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == status
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr and len(done.stderr) < 2000
 
 
 @pytest.mark.parametrize(

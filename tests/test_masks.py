@@ -24,15 +24,6 @@ from masks_oracle import (
 from jepax import masks
 from jepax.masks import Masks, MultiBlock, Random, TokenSet, blocks, multiblock
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-  """Compiling is most of the time here, and its optimisations gain nothing on arrays this small."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 # Default mode -------------------------------------------------------------------------------------
 
 SQUARE = MultiBlock(grid=(14, 14))

@@ -11,8 +11,6 @@ from masks_oracle import check_near, draw, member
 
 from jepax.masks import CropBlocks, InverseBlock
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # --- inverse blocks -------------------------------------------------------------------------
 
 

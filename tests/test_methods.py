@@ -15,11 +15,9 @@ import tiny
 
 from jepax import config as config_lib
 from jepax import sharding
-from jepax.core import init_state, make_train_step
+from jepax.core import make_train_step
 from jepax.masks.tokens import Masks, TokenSet
 from jepax.methods.two_views import TwoViews
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 METHODS = sorted(tiny.METHODS)
 
@@ -30,7 +28,9 @@ def train(experiment, steps: int, *, nudge: float = 0.0) -> tuple[Any, list[floa
   nudge: relative change of all initial parameters.
   """
   state, losses = experiment.initial_state(), []
-  state = state.replace(params=jax.tree.map(lambda p: p * (1 + nudge), state.params))
+  if nudge:
+    nudged = jax.jit(lambda params: jax.tree.map(lambda p: p * (1 + nudge), params))
+    state = state.replace(params=nudged(state.params))
   for batch in tiny.batches(steps):
     placed = sharding.global_batch(batch, experiment.batch_sharding)
     state, metrics = experiment.train_step(state, placed)
@@ -50,40 +50,31 @@ def one_device(name):
   return experiment, *train(experiment, 10)
 
 
-@pytest.fixture(scope="module")
-def start(name):
-  """(method, params, carry, batch) at step 0."""
+def start(name, tx):
+  """(method, state of step 0 for an optimizer, batch), on no mesh."""
   experiment = tiny.experiment(name)
-  state = experiment.initial_state()
-  batch = {k: jnp.asarray(v) for k, v in tiny.batches(1)[0].items()}
-  return experiment.method, state.params, state.carry, batch
-
-
-def jitted(method, params, carry):
-  """The loss at step 0, compiled once: (batch, seed) -> value, LossOut."""
-  compiled = jax.jit(method.loss)
-
-  def call(batch, seed: int = 1):
-    return compiled(params, carry, batch, jax.random.key(seed), jnp.zeros((), jnp.int32))
-
-  return call
+  state = jax.device_get(experiment.initial_state())
+  state = state.replace(opt_state=jax.jit(tx.init)(state.params))
+  return experiment.method, state, tiny.batches(1)[0]
 
 
 @pytest.fixture(scope="module")
-def loss(start):
-  method, params, carry, _ = start
-  return jitted(method, params, carry)
+def loss(name):
+  """Of the method at step 0: seed -> ((value, LossOut), gradients by params and carry)."""
+  method, state, batch = start(name, optax.identity())
+  graded = jax.jit(jax.value_and_grad(method.loss, argnums=(0, 1), has_aux=True))
+
+  return lambda seed=1: graded(state.params, state.carry, batch, jax.random.key(seed), 0)
 
 
 def test_every_method_is_in_the_suite():
   assert config_lib.methods() == METHODS
 
 
-def test_loss_falls_on_one_batch(name, start):
-  method, _, _, batch = start
+def test_loss_falls_on_one_batch(name):
   tx = optax.adam(3e-3)
+  method, state, batch = start(name, tx)
   step = jax.jit(make_train_step(method, tx))
-  state = jax.jit(lambda key: init_state(method, tx, key, batch))(jax.random.key(0))
   losses = []
   for _ in range(40):
     state, metrics = step(state, batch)
@@ -127,38 +118,9 @@ def test_eight_devices_equal_one_on_other_meshes(name, one_device, rounding, fsd
   compare_with_one(name, one_device[2], rounding, fsdp=fsdp, tensor=tensor)
 
 
-# What the training step itself promises is tried with a method that carries a target and with one
-# that couples the batch.
-of_the_step = pytest.mark.parametrize("name", ["ijepa", "vicreg"], indirect=True)
-
-
-@of_the_step
-def test_one_trace(name):
-  experiment = tiny.experiment(name)
-  method, count = experiment.method, 0
-
-  class Counting:
-    couples_batch = method.couples_batch
-    init, update, encode = method.init, method.update, method.encode
-
-    def loss(self, *arguments):
-      nonlocal count
-      count += 1
-      return method.loss(*arguments)
-
-  step = jax.jit(make_train_step(Counting(), optax.sgd(1e-3)))
-  batch = tiny.batches(1)[0]
-  state = jax.jit(lambda key: init_state(method, optax.sgd(1e-3), key, batch))(jax.random.key(0))
-  for _ in range(3):
-    state, _ = step(state, batch)
-  assert count == 1
-
-
-def test_no_gradient_into_the_carry(name, start):
+def test_no_gradient_into_the_carry(loss):
   """The target encoder and all else that is carried get exactly none."""
-  method, params, carry, batch = start
-  both = jax.grad(lambda p, c: method.loss(p, c, batch, jax.random.key(1), 0)[0], argnums=(0, 1))
-  online, carried = jax.jit(both)(params, carry)
+  _, (online, carried) = loss()
   for leaf in jax.tree.leaves(carried):
     assert not np.any(leaf)
   assert all(np.any(leaf) for leaf in jax.tree.leaves(online["encoder"]["transformer"]))
@@ -179,25 +141,24 @@ def padded(sampler):
   return draw
 
 
-def test_padding_never_changes_the_loss(start, loss):
-  method, params, carry, batch = start
+def test_padding_never_changes_the_loss(name, loss):
+  method, state, batch = start(name, optax.identity())
   if not hasattr(method, "masks"):
     assert isinstance(method, TwoViews)  # no token sets, nothing to pad
     return
-  wider = jitted(dataclasses.replace(method, masks=padded(method.masks)), params, carry)
+  wider = jax.jit(dataclasses.replace(method, masks=padded(method.masks)).loss)
   for seed in (1, 2):  # float32 sums over other lengths
-    np.testing.assert_allclose(wider(batch, seed)[0], loss(batch, seed)[0], rtol=1e-6)
+    found, _ = wider(state.params, state.carry, batch, jax.random.key(seed), 0)
+    np.testing.assert_allclose(found, loss(seed)[0][0], rtol=1e-6)
 
 
 def test_accumulation_is_exact_or_refused(name):
-  experiment = tiny.experiment(name)
-  method, tx = experiment.method, optax.sgd(0.1)
+  tx = optax.sgd(0.1)
+  method, state, batch = start(name, tx)
   if method.couples_batch:
     with pytest.raises(ValueError, match="accumulate=1"):
       make_train_step(method, tx, accumulate=2)
     return
-  batch = tiny.batches(1)[0]
-  state = jax.jit(lambda key: init_state(method, tx, key, batch))(jax.random.key(0))
   whole, metrics = jax.jit(make_train_step(method, tx))(state, batch)
   split, split_metrics = jax.jit(make_train_step(method, tx, accumulate=4))(state, batch)
   np.testing.assert_allclose(split_metrics["train/loss"], metrics["train/loss"], rtol=1e-5)
@@ -205,27 +166,36 @@ def test_accumulation_is_exact_or_refused(name):
   chex.assert_trees_all_close(split.params, whole.params, rtol=1e-4, atol=1e-6)
 
 
-def test_labels_are_never_read(start, loss):
-  batch = start[-1]
-  labelled = {**batch, "label": jnp.full((tiny.BATCH,), jnp.nan)}
-  assert loss(labelled)[0] == loss(batch)[0]
+def test_labels_are_never_read(name):
+  """The program for a batch that has them is the one for a batch that has none."""
+  method, state, batch = start(name, optax.identity())
+
+  def program(batch) -> str:
+    lowered = jax.jit(method.loss).lower(state.params, state.carry, batch, jax.random.key(1), 0)
+    return lowered.as_text()
+
+  assert program({**batch, "label": np.zeros(tiny.BATCH)}) == program(batch)
 
 
-@of_the_step
+# What the training step itself promises is tried with a method that carries a target and with one
+# that couples the batch.
+@pytest.mark.parametrize("name", ["ijepa", "vicreg"], indirect=True)
 def test_a_step_that_is_not_finite_changes_nothing_but_counters(name):
-  method, tx = tiny.experiment(name).method, optax.adam(1e-3)
+  """And is no other program than those before and after it."""
+  tx, traces = optax.adam(1e-3), 0
+  method, state, batch = start(name, tx)
 
   class Poisoned:
     couples_batch = method.couples_batch
     init, update, encode = method.init, method.update, method.encode
 
     def loss(self, params, carry, batch, key, step):
+      nonlocal traces
+      traces += 1
       loss, out = method.loss(params, carry, batch, key, step)
       return loss * jnp.where(step == 1, jnp.nan, 1.0), out
 
-  batch = tiny.batches(1)[0]
   step = jax.jit(make_train_step(Poisoned(), tx))
-  state = jax.jit(lambda key: init_state(method, tx, key, batch))(jax.random.key(0))
   first, _ = step(state, batch)
   second, metrics = step(first, batch)
   for part in ("params", "carry", "opt_state"):
@@ -236,6 +206,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(name):
   assert third.skipped.tolist() == [0, 1]
   moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), third.params, second.params)
   assert any(jax.tree.leaves(moved))
+  assert traces == 1
 
 
 def test_encode_is_deterministic_and_shaped(name, one_device):
@@ -251,8 +222,8 @@ def test_encode_is_deterministic_and_shaped(name, one_device):
     np.testing.assert_allclose(turned, features.pooled, rtol=1e-5, atol=1e-6)
 
 
-def test_metrics_are_float32_scalars(start, loss):
-  _, out = loss(start[-1])
+def test_metrics_are_float32_scalars(loss):
+  (_, out), _ = loss()
   for key, value in out.metrics.items():
     assert "/" in key
     chex.assert_shape(value, ())

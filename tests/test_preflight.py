@@ -22,8 +22,6 @@ from jepax.checkpoint import Checkpoints, guard
 from jepax.experiment import prepare
 from jepax.lock import lock
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROOT = Path(__file__).parent.parent
 
 

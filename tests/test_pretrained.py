@@ -13,8 +13,6 @@ from PIL import Image
 from jepax.models.vit import ViT, sincos2d
 from jepax.pretrained import Encoder, Preprocess, _cells
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 MODULE = ViT(patch=4, width=16, depth=2, heads=2, mlp_width=24, class_token=True)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

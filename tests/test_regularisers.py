@@ -20,8 +20,6 @@ from jepax.masks.tokens import Masks
 from jepax.methods.barlow_twins import redundancy
 from jepax.models.heads import BatchNorm
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # --- the toy --------------------------------------------------------------------------------
 
 

@@ -233,7 +233,7 @@ def test_constrain_splits_an_axis_over_tensor():
       sharding.constrain(x, split=1)
 
 
-def test_tensor_moves_no_activation_from_device_to_device(capfd, quick_compile):
+def test_tensor_moves_no_activation_from_device_to_device(capfd):
   """The compiled step has no all-to-all, and XLA falls back to no full rematerialisation."""
   config = tiny.config("ijepa")
   with config.unlocked():

@@ -28,8 +28,6 @@ from jepax.methods import ijepa
 from jepax.methods.jepa import JEPA
 from jepax.models.vit import sincos2d
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FACTOR = 4
 EPSILON = np.finfo(np.float32).eps  # 2**-23
 GOLDEN = dict(np.load(Path(__file__).with_name("golden_ijepa.npz")))

@@ -28,9 +28,9 @@ TOPOLOGIES = {
   "ijepa_vith16_448": "v5e:16x16",
   "ijepa_vitg16": "v5p:8x8x8",
   "mae_imagenet": "v5e:8x8",
-  "dinov2_vitl": "v5e:8x8",
+  "dinov2_vitl": "v5e:16x16",
   "data2vec2_vitb": "v5e:4x4",
-  "lejepa_imagenet": "v5e:4x4",
+  "lejepa_imagenet": "v5e:8x8",
   "moco_v3_imagenet": "v5e:8x8",
 }
 EXAMPLES = {"ijepa_vitg16": 14_197_122, "photos": 10_000}  # folders: ImageNet-22k, one's own

@@ -56,7 +56,7 @@ METHODS = {
   "mae": dict(encoder=ENCODER, decoder=dict(width=16, depth=1, heads=2), views=dict()),
   "moco_v3": dict(
     encoder=dict(**ENCODER, class_token=True),
-    projector=(32, 16),
+    projector=(32, 32),
     predictor=32,
     temperature=0.1,
     views=VIEWS,

@@ -3,7 +3,8 @@
   python benchmarks/plan_table.py [--only=NAME,NAME] [--out=benchmarks/results]
 
 Needs pip install 'jepax[tpu]', no TPU and no network. One compile a config and a few more for the
-largest batch: half an hour on two cores. With --only the other rows stay as they are.
+largest batch: two hours on two cores, ResNets the longest. With --only the other rows stay as
+they are.
 """
 
 from __future__ import annotations

@@ -106,6 +106,7 @@ def main() -> None:
   if options.worker:
     print(json.dumps(run(options.worker, start=options.start)))
     return
+  step_time.check_device(options.device)
   environment = step_time.ENVIRONMENTS[options.device] | dict(os.environ)
   os.environ["JAX_PLATFORMS"] = "cpu"  # this process computes nothing
   from jepax.versions import environment as versions

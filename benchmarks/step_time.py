@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -255,6 +256,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--steps", type=int, default=10)
   parser.add_argument("--worker", help=argparse.SUPPRESS)
   options = parser.parse_args()
+  check_device(options.device)
   options.cases = options.cases or CASES[options.device]
   options.peers = options.peers or PEERS[options.device]
   return options
@@ -262,7 +264,14 @@ def parse() -> argparse.Namespace:
 
 def device() -> str:
   """What this machine has, without loading what would hold its memory."""
-  return "cuda" if pathlib.Path("/dev/nvidiactl").exists() else "cpu"
+  driver = pathlib.Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")
+  return "cuda" if driver else "cpu"
+
+
+def check_device(name: str) -> None:
+  """Ends the program where this machine lacks the device."""
+  if name == "cuda" and device() == "cpu":
+    raise SystemExit("--device=cuda: this machine has no NVIDIA driver; allowed here is cpu")
 
 
 def main() -> None:

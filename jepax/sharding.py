@@ -223,8 +223,17 @@ def regroup(x: jax.Array, *, groups: int) -> jax.Array:
 
 def tensor_parts() -> int:
   """Devices along `tensor` of the mesh that is set; 1 without one."""
+  return _parts("tensor")
+
+
+def fsdp_parts() -> int:
+  """Devices along `fsdp` of the mesh that is set; 1 without one."""
+  return _parts("fsdp")
+
+
+def _parts(axis: str) -> int:
   mesh = _mesh()
-  return 1 if mesh is None else mesh.shape["tensor"]
+  return 1 if mesh is None else mesh.shape[axis]
 
 
 def platform() -> str:

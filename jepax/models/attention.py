@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jepax.names import one_of
-from jepax.sharding import platform
+from jepax.sharding import constrain, platform
 
 IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn")
 
@@ -48,7 +48,7 @@ def attention(
     return _plain(q, k, v, valid)
   mask = None if valid is None else valid[:, None, None, :]
   if mask is not None and implementation == "cudnn":  # which takes no row that stands for all
-    mask = jnp.broadcast_to(mask, (mask.shape[0], 1, q.shape[1], k.shape[1]))
+    mask = constrain(jnp.broadcast_to(mask, (mask.shape[0], 1, q.shape[1], k.shape[1])))
   return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
 

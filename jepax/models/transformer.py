@@ -16,7 +16,7 @@ from flax import linen as nn
 from jepax.models.activations import ACTIVATIONS
 from jepax.models.attention import IMPLEMENTATIONS, attention, fused
 from jepax.names import one_of
-from jepax.sharding import constrain, platform, regroup, tensor_parts
+from jepax.sharding import constrain, fsdp_parts, platform, regroup, tensor_parts
 
 INITS: dict[str, Callable[..., jax.Array]] = {
   "normal": nn.initializers.normal(0.02),  # I-JEPA: its truncation at +-2 is absolute, so none
@@ -72,7 +72,9 @@ class Grouped(nn.Module, kw_only=True):
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     if tensor_parts() == 1:
       contracting = (((2,), (0,)), ((), ()))
-      if platform() == "gpu":  # whose kernels take and give whole arrays: parts would be copied
+      # A GPU's kernels take and give whole arrays: parts of one product would be copied. Where fsdp
+      # cuts the kernel its pieces don't end at q, k and v, so their parts would change devices.
+      if platform() == "gpu" and fsdp_parts() == 1:
         pairs = zip(*(jnp.split(p, self.groups, axis=-1) for p in (kernel, bias)), strict=True)
         parts = [product(x, kernel, contracting) + bias for kernel, bias in pairs]
       else:

@@ -48,6 +48,11 @@ HEADER = (
 )
 
 
+def names() -> list[str]:
+  """Those of all shipped configs."""
+  return sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
+
+
 def plan(name: str) -> dict:
   """What `python -m jepax.plan --json` says of a config."""
   command = [sys.executable, "-m", "jepax.plan", f"--config=configs/{name}.py", "--json"]
@@ -99,6 +104,8 @@ def table(rows: dict[str, dict], *, command: str) -> str:
     *("| " + " | ".join(row(name, rows[name])) + " |" for name in sorted(rows)),
     "",
   ]
+  if missing := sorted(set(names()) - set(rows)):
+    lines += [f"Not planned yet: {', '.join(missing)}.", ""]
   return "\n".join(lines)
 
 
@@ -107,11 +114,10 @@ def main() -> None:
   parser.add_argument("--only", default="", help="names of configs, by commas")
   parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
   arguments = parser.parse_args()
-  names = sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
   stored = arguments.out / "plan.json"
   rows = json.loads(stored.read_text()) if arguments.only and stored.exists() else {}
   failed = []
-  for name in arguments.only.split(",") if arguments.only else names:
+  for name in arguments.only.split(",") if arguments.only else names():
     try:
       rows[name] = plan(name)
     except subprocess.CalledProcessError:  # it has said why; the others are still wanted

@@ -223,7 +223,7 @@ def test_recomputation_is_no_model_flops():
   target, counts = targets.find("cpu:1"), []
   for overrides in (deep, flat):
     config = config_lib.load("configs/quickstart.py:smoke", overrides)
-    counts.append(plan._flops(config, target, 10_000))
+    counts.append(plan.step_flops(config, target, 10_000))
   assert counts[0] == counts[1]
 
 

@@ -119,11 +119,8 @@ def main() -> None:
   notes = {"date": datetime.date.today().isoformat(), "command": command, **versions()}
   notes |= {"devices": results[0]["starts"][0]["device"]}
   name = "first_step" if options.device == "cpu" else f"first_step_{options.device}"
-  path = HERE / "results" / f"{name}.json"
-  path.write_text(json.dumps({"notes": notes, "results": results}, indent=1) + "\n")
-  text = ["# From the start of a process to its first step", table(results)]
-  text.append("\n".join(f"- {name}: {value}" for name, value in notes.items()))
-  path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+  title = "From the start of a process to its first step"
+  step_time.write(name, title, table(results), results, notes)
 
 
 if __name__ == "__main__":

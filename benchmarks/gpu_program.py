@@ -17,7 +17,7 @@ import argparse
 import collections
 import dataclasses
 import datetime
-import json
+import math
 import os
 import pathlib
 import re
@@ -99,7 +99,7 @@ def _bytes(shape: str, times: int) -> float:
   from jepax.planning import hlo
 
   total = 0.0
-  for array in re.finditer(r"\b(?:pred|[a-z]+\d+\w*)\[[\d,]*\]", shape):
+  for array in _SHAPE.finditer(shape):
     sizes = _sizes(array[0])
     stacked = times > 1 and len(sizes) > 1 and sizes[0] == times
     total += hlo.bytes_of(array[0]) / (times if stacked else 1)
@@ -112,10 +112,7 @@ def _sizes(shape: str) -> list[int]:
 
 
 def _count(shape: str) -> int:
-  total = 1
-  for size in _sizes(shape):
-    total *= size
-  return total
+  return math.prod(_sizes(shape))
 
 
 def study(spec: str, *, largest: int) -> dict:
@@ -208,11 +205,8 @@ def main() -> None:
   command = " ".join(["python benchmarks/gpu_program.py", *sys.argv[1:]])
   notes = {"date": datetime.date.today().isoformat(), "command": command, **versions()}
   notes |= {"devices": "one H100 SXM 80GB, described, not run on"}
-  path = HERE / "results" / "gpu_program.json"
-  path.write_text(json.dumps({"notes": notes, "results": results}, indent=1) + "\n")
-  text = ["# What the training step makes an H100 do", __doc__.split("\n\n")[2].strip()]
-  text += [table(results), "\n".join(f"- {name}: {value}" for name, value in notes.items())]
-  path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+  text = f"{__doc__.split(chr(10) * 2)[2].strip()}\n\n{table(results)}"
+  step_time.write("gpu_program", "What the training step makes an H100 do", text, results, notes)
 
 
 if __name__ == "__main__":

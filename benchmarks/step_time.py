@@ -301,11 +301,15 @@ def main() -> None:
   notes |= {"devices": results[0]["rows"][0]["device"]}  # this process looked at shapes alone
   notes |= {f"{name}, jepax alone": value for name, value in added.items()}
   name = "step_time" if options.device == "cpu" else f"step_time_{options.device}"
+  write(name, "A training step beside the reference's", table(results), results, notes)
+
+
+def write(name: str, title: str, text: str, results: list[dict], notes: dict[str, str]) -> None:
+  """benchmarks/results/NAME.json and NAME.md: the table `text` under its title, notes below."""
   path = HERE / "results" / f"{name}.json"
   path.write_text(json.dumps({"notes": notes, "results": results}, indent=1) + "\n")
-  text = ["# A training step beside the reference's", table(results)]
-  text.append("\n".join(f"- {name}: {value}" for name, value in notes.items()))
-  path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+  below = "\n".join(f"- {key}: {value}" for key, value in notes.items())
+  path.with_suffix(".md").write_text("\n\n".join([f"# {title}", text, below]) + "\n")
 
 
 if __name__ == "__main__":

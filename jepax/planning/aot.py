@@ -111,6 +111,7 @@ def state_bytes(experiment: Experiment) -> int:
 
 
 def memory(analysis: Any, platform: str) -> Memory:
+  """What a compiled program takes, from its `memory_analysis()`; platform: 'tpu', 'gpu', ..."""
   found = Memory(
     arguments=analysis.argument_size_in_bytes,
     outputs=analysis.output_size_in_bytes,

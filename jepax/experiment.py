@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jepax import config as config_lib
-from jepax import optim, sharding
+from jepax import compiler, optim, sharding
 from jepax.core import Batch, Features, Metrics, TrainState, init_state, make_train_step
 from jepax.data.build import Data
 from jepax.data.build import build as build_data
@@ -142,6 +142,7 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
   step = make_train_step(method, tx, accumulate=config.accumulate)
   key = jax.eval_shape(jax.random.key, 0)  # a real one lies on devices, which a plan's mesh has not
   replicated, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  options = compiler.options(mesh)
   with jax.set_mesh(mesh):
     shapes = jax.eval_shape(init, key)
     placement = sharding.state_shardings(mesh, shapes)
@@ -153,7 +154,7 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
     def encode(params, carry, images):
       return method.encode(params, carry, {"image": images}, branch=branch)
 
-    return _on_mesh(mesh, jax.jit(encode, out_shardings=replicated))
+    return _on_mesh(mesh, jax.jit(encode, out_shardings=replicated, compiler_options=options))
 
   return Experiment(
     config=config,
@@ -171,6 +172,7 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
         in_shardings=(placement, rows),
         out_shardings=(placement, replicated),
         donate_argnums=0,
+        compiler_options=options,
       ),
     ),
     encode={branch: encoder(branch) for branch in method.branches},

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import models_oracle as oracle
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from jepax.masks.tokens import TokenSet
 from jepax.models.activations import ACTIVATIONS, gelu
 from jepax.models.decoder import PixelDecoder
 from jepax.models.heads import MLP, BatchNorm
+from jepax.models.norms import LayerNorm
 from jepax.models.predictor import Predictor
 from jepax.models.transformer import Block, layer_norm
 from jepax.models.vit import ViT, patchify, sincos2d, vit
@@ -354,3 +356,26 @@ def test_gelu_and_its_gradient_equal_jax(dtype):
   assert slope.dtype == dtype
   expected = jax.grad(lambda x: plain(x).sum())(wide)
   np.testing.assert_allclose(slope.astype(jnp.float32), expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtypes", [("float32",) * 2, ("float32", "bfloat16"), ("bfloat16",) * 2])
+def test_layer_norm_and_its_gradient_equal_flax(dtypes):
+  source, target = map(jnp.dtype, dtypes)
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(3 + 2 * rng.normal(size=(2, 3, 16)), source)
+  g = jnp.asarray(rng.normal(size=x.shape), target)
+  params = dict(zip(("bias", "scale"), rng.normal(size=(2, 16)).astype(np.float32), strict=True))
+
+  def run(norm, x, g):
+    y, back = jax.vjp(lambda x, params: norm.apply({"params": params}, x), x, params)
+    return [y, *jax.tree.leaves(back(g))]
+
+  found = run(LayerNorm(epsilon=1e-3, dtype=target), x, g)
+  wide = (array.astype(jnp.float32) for array in (x, g))
+  expected = run(nn.LayerNorm(epsilon=1e-3, use_fast_variance=False), *wide)
+  assert [leaf.dtype for leaf in found] == [target, source, jnp.float32, jnp.float32]
+  shapes = jax.eval_shape(LayerNorm().init, jax.random.key(0), x)["params"]
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
+  for a, b in zip(found, expected, strict=True):  # each rounded once, to its own type
+    eps = float(jnp.finfo(a.dtype).eps)
+    np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=eps, atol=8 * eps * np.abs(b).max())

@@ -177,6 +177,31 @@ def test_attention_implementations_agree():
     attention(q, k, v, implementation="flash")
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_of_plain_attention(masked, dtype):
+  """Written by hand there; here of the formula, differentiated by JAX in float32."""
+  rng = np.random.default_rng(7)
+  q, g = jnp.asarray(rng.normal(size=(2, 2, 3, 2, 8)), dtype)
+  k, v = jnp.asarray(rng.normal(size=(2, 2, 5, 2, 8)), dtype)
+  valid = jnp.asarray([[True, False, True, True, False], [False] * 4 + [True]]) if masked else None
+
+  def formula(q, k, v):
+    logits = jnp.einsum("bnhe,bmhe->bhnm", q, k) / np.sqrt(8)
+    if masked:
+      logits = jnp.where(valid[:, None, None], logits, -jnp.inf)
+    return jnp.einsum("bhnm,bmhe->bnhe", jax.nn.softmax(logits), v)
+
+  wide = [x.astype(jnp.float32) for x in (q, k, v, g)]
+  expected = jax.vjp(formula, *wide[:3])[1](wide[3])
+  found = jax.vjp(lambda *x: attention(*x, valid=valid, implementation="plain"), q, k, v)[1](g)
+  # Sums of up to eight products of factors that are rounded once or twice on the way.
+  atol = 8 * float(jnp.finfo(dtype).eps)
+  for a, b in zip(found, expected, strict=True):
+    assert a.dtype == dtype
+    np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=1e-5, atol=atol * np.abs(b).max())
+
+
 @pytest.mark.parametrize("implementation", ["plain", "xla"])
 def test_softmax_of_bfloat16_is_in_float32(implementation):
   """Logits near 60 in bfloat16 would be off by up to 1/8, and weights by a tenth."""

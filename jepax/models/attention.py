@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from jepax.names import one_of
 from jepax.sharding import constrain, platform
 
 IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn")
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def attention(
@@ -66,13 +70,36 @@ def fused(implementation: str, *, dtype: jnp.dtype, head_width: int) -> bool:
   return implementation == "cudnn" or (implementation == "auto" and serves)
 
 
+@jax.custom_vjp
 def _plain(q, k, v, valid):
+  return _plain_forward(q, k, v, valid)[0]
+
+
+def _plain_forward(q, k, v, valid):
   # Heads before tokens: on CPU the products then run on contiguous matrices, 0.57x the time.
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [b h n e]
-  logits = jnp.einsum(
-    "bhne,bhme->bhnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32
-  )
+  q = q * q.shape[-1] ** -0.5
+  logits = _einsum("bhne,bhme->bhnm", q, k)
   if valid is not None:
     logits = jnp.where(valid[:, None, None, :], logits, -1e30)  # finite: a row without keys is 0/0
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum("bhnm,bhme->bhne", weights, v).swapaxes(1, 2)
+  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+  # Divided by their sum when they are summed up: the largest array is passed over once less.
+  factor = 1 / weights.sum(-1, keepdims=True)
+  weights = weights.astype(v.dtype)
+  y = (_einsum("bhnm,bhme->bhne", weights, v) * factor).astype(v.dtype)
+  return y.swapaxes(1, 2), (q, k, v, weights, factor, y)
+
+
+def _plain_backward(kept, g):
+  q, k, v, weights, factor, y = kept
+  g = g.swapaxes(1, 2) * factor  # float32
+  inner = (g * y).sum(-1, keepdims=True)  # of a softmax's gradient, over e instead of over m
+  g = g.astype(v.dtype)
+  g_logits = (weights * (_einsum("bhne,bhme->bhnm", g, v) - inner)).astype(q.dtype)
+  g_q = _einsum("bhnm,bhme->bhne", g_logits, k) * q.shape[-1] ** -0.5
+  g_k = _einsum("bhnm,bhne->bhme", g_logits, q)
+  g_v = _einsum("bhnm,bhne->bhme", weights, g)
+  return *(x.swapaxes(1, 2).astype(q.dtype) for x in (g_q, g_k, g_v)), None
+
+
+_plain.defvjp(_plain_forward, _plain_backward)

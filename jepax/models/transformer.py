@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from jepax.models.activations import ACTIVATIONS
 from jepax.models.attention import IMPLEMENTATIONS, attention, fused
+from jepax.models.norms import LayerNorm
 from jepax.names import one_of
 from jepax.sharding import constrain, fsdp_parts, platform, regroup, tensor_parts
 
@@ -29,9 +30,9 @@ REMAT: dict[str, Callable | None] = {
 }
 
 
-def layer_norm(owner: nn.Module, name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+def layer_norm(owner: nn.Module, name: str, dtype: jnp.dtype) -> LayerNorm:
   """LayerNorm with its owner's epsilon; statistics in float32, output in `dtype`."""
-  return nn.LayerNorm(epsilon=owner.norm_epsilon, dtype=dtype, use_fast_variance=False, name=name)
+  return LayerNorm(epsilon=owner.norm_epsilon, dtype=dtype, name=name)
 
 
 def dense(owner: nn.Module, width: int, *, name: str) -> nn.Dense:

@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jepax import config as config_lib
 from jepax import compiler, optim, sharding
+from jepax import config as config_lib
 from jepax.core import Batch, Features, Metrics, TrainState, init_state, make_train_step
 from jepax.data.build import Data
 from jepax.data.build import build as build_data

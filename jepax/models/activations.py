@@ -29,7 +29,7 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-  x, g = jax.lax.optimization_barrier((x, g))  # or XLA would find the same erf and keep that too
+  x = jax.lax.optimization_barrier(x)  # or XLA would find the same erf twice, and keep it for both
   wide = x.astype(jnp.float32)
   density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
   return ((g * (_cdf(x) + wide * density)).astype(x.dtype),)

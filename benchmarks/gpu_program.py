@@ -205,7 +205,7 @@ def main() -> None:
   command = " ".join(["python benchmarks/gpu_program.py", *sys.argv[1:]])
   notes = {"date": datetime.date.today().isoformat(), "command": command, **versions()}
   notes |= {"devices": "one H100 SXM 80GB, described, not run on"}
-  text = f"{__doc__.split(chr(10) * 2)[2].strip()}\n\n{table(results)}"
+  text = "\n\n".join([__doc__.split("\n\n")[2].strip(), table(results)])
   step_time.write("gpu_program", "What the training step makes an H100 do", text, results, notes)
 
 

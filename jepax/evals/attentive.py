@@ -21,6 +21,7 @@ from flax import linen as nn
 from jepax.evals import checks
 from jepax.models.activations import gelu
 from jepax.models.attention import attention
+from jepax.models.norms import LayerNorm
 from jepax.optim import warmup_cosine
 
 Array = jax.Array | np.ndarray
@@ -46,7 +47,7 @@ class Pooler(nn.Module, kw_only=True):
     b, _, d = tokens.shape
     init = nn.initializers.normal
     layer = functools.partial(nn.Dense, kernel_init=init(0.02))
-    norm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+    norm = functools.partial(LayerNorm, epsilon=1e-5)
     query = self.param("query", init(0.02), (1, 1, d))
     q = rearrange(layer(d, name="q")(query), "a n (h e) -> a n h e", h=self.heads)
     kv = layer(2 * d, name="kv")(norm(name="norm1")(tokens.astype(jnp.float32)))

@@ -12,6 +12,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from jepax.models.activations import gelu
+from jepax.models.norms import LayerNorm
 from jepax.models.resnet import check_size, check_stages
 from jepax.names import one_of
 from jepax.sharding import constrain
@@ -19,11 +20,6 @@ from jepax.sharding import constrain
 # name: width, blocks a stage
 VARIANTS = {"convnext_tiny": (768, (3, 3, 9, 3))}
 INIT = nn.initializers.normal(0.02)  # the reference's truncation at +-2 is absolute, so none
-
-
-def layer_norm(dtype: jnp.dtype, *, name: str) -> nn.LayerNorm:
-  """Over channels; statistics in float32, output in `dtype`."""
-  return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def patches(owner: nn.Module, width: int, side: int, *, name: str) -> nn.Conv:
@@ -51,7 +47,7 @@ class Block(nn.Module, kw_only=True):
     c = x.shape[-1]
     layers = dict(dtype=self.dtype, kernel_init=INIT)
     y = nn.Conv(c, (7, 7), padding=3, feature_group_count=c, name="conv", **layers)(x)
-    y = layer_norm(self.dtype, name="norm")(y)
+    y = LayerNorm(dtype=self.dtype, name="norm")(y)
     y = gelu(nn.Dense(4 * c, name="fc1", **layers)(y))
     y = nn.Dense(c, name="fc2", **layers)(y)
     y = y * self.param("scale", nn.initializers.constant(self.layer_scale), (c,))
@@ -120,11 +116,11 @@ class ConvNeXt(nn.Module, kw_only=True):
     for stage, depth in enumerate(self.depths):
       width = self.width >> (len(self.depths) - 1 - stage)
       if stage:
-        x = layer_norm(self.dtype, name=f"stage{stage}_norm")(x)
+        x = LayerNorm(dtype=self.dtype, name=f"stage{stage}_norm")(x)
       x = patches(self, width, 2 if stage else self.stem, name=f"stage{stage}_down")(x)
       x = x.astype(jnp.float32)
       if not stage:
-        x = layer_norm(jnp.float32, name="stage0_norm")(x)
+        x = LayerNorm(name="stage0_norm")(x)
       for i in range(depth):
         x = Block(
           layer_scale=self.layer_scale,

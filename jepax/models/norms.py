@@ -28,22 +28,14 @@ class LayerNorm(nn.Module, kw_only=True):
     """x: [... d] -> [... d]."""
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    return layer_norm(x, scale, bias, self.epsilon, jnp.dtype(self.dtype))
+    return _layer_norm(x, scale, bias, self.epsilon, jnp.dtype(self.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def layer_norm(
+def _layer_norm(
   x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: jnp.dtype
 ) -> jax.Array:
-  """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in float32.
-
-  Args:
-    x: [... d]. scale, bias: [d].
-    epsilon: added to the variance. dtype: of the result.
-
-  Returns:
-    [... d].
-  """
+  """(x - mean) / sqrt(variance + epsilon) * scale + bias, of x [... d] and scale and bias [d]."""
   return _scaled(x, _statistics(x, epsilon), scale, bias).astype(dtype)
 
 
@@ -80,4 +72,4 @@ def _backward(epsilon, dtype, kept, g):
   return (factor * inner).astype(x.dtype), (g * y).sum(rows), g.sum(rows)
 
 
-layer_norm.defvjp(_forward, _backward)
+_layer_norm.defvjp(_forward, _backward)

@@ -33,6 +33,9 @@ TOPOLOGIES = {
   "data2vec2_vitb": "v5e:4x4",
   "lejepa_imagenet": "v5e:8x8",
   "moco_v3_imagenet": "v5e:8x8",
+  "byol_imagenet": "v5e:4x4",
+  "simclr_imagenet": "v5e:4x4",
+  "vicreg_imagenet": "v5e:4x4",
 }
 EXAMPLES = {"ijepa_vitg16": 14_197_122, "photos": 10_000}  # folders: ImageNet-22k, one's own
 HEADER = (

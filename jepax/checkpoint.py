@@ -95,6 +95,7 @@ class Checkpoints:
 
     Raises:
       TypeError: meta is not JSON.
+      OSError: this step or the one before it could not be written.
     """
     if self._every is None:
       raise ValueError(f"{self.directory} was opened to read; pass every= and keep= to save")
@@ -102,7 +103,8 @@ class Checkpoints:
       return False
     json.dumps(meta)  # fails here rather than in the background
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    return self._manager.save(step, args=args, force=True)
+    with _writing():
+      return self._manager.save(step, args=args, force=True)
 
   def restore(self, abstract_state: Any, *, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """Reads a step onto any mesh, to the bit.
@@ -166,11 +168,13 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Blocks until the save in flight is finished; raises its error if it failed."""
-    self._manager.wait_until_finished()
+    with _writing():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, then frees the threads. The object is of no use afterwards."""
-    self._manager.close()
+    with _writing():
+      self._manager.close()
 
   @contextlib.contextmanager
   def _reading(self, step: int) -> Iterator[None]:
@@ -196,6 +200,15 @@ class Checkpoints:
       steps = sorted(filter(self._finished, self._manager.all_steps()))
       raise FileNotFoundError(f"{self.directory} holds no step {step}, only {steps}")
     return latest if step is None else step
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+  """TensorStore calls whatever storage answers a ValueError."""
+  try:
+    yield
+  except ValueError as error:
+    raise OSError(f"a checkpoint can't be written: {error}") from error
 
 
 def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ class Diverged(RuntimeError):
   """Too many updates in a row were not finite."""
 
 
+class Failed(RuntimeError):
+  """Storage failed a run under way, which may go well when started again, unlike a mistake."""
+
+
 @dataclasses.dataclass
 class Memory:
   """What a run remembers beside its state; saved with every checkpoint as JSON.
@@ -50,6 +55,7 @@ class Memory:
   position: the next global batch. seconds: of training so far, probes and saves left out.
   control: collapse numbers of the encoder at random initialisation, what alarms compare with.
   best, best_step, waited: of early stopping: the best value, its step, and probes since.
+  stopped_by: the rule that ended the run early, config.stop.
   """
 
   position: int = 0
@@ -58,6 +64,7 @@ class Memory:
   best: float | None = None
   best_step: int | None = None
   waited: int = 0
+  stopped_by: dict[str, Any] | None = None
 
 
 def run(
@@ -80,6 +87,7 @@ def run(
   Raises:
     ValueError: a setting that can't work, or a workdir that holds something else or is in use.
     Diverged: config.max_skipped updates in a row were not finite.
+    Failed: a file could not be written or read once training had begun.
   """
   workdir = local_path(workdir)
   experiment = prepare(config, data=data)
@@ -89,6 +97,7 @@ def run(
   with contextlib.ExitStack() as stack:
     claim(workdir, experiment, stack)
     stack.enter_context(peers.watch(functools.partial(end_without, workdir=workdir)))
+    stack.enter_context(under_way())
     state, memory, status = train(experiment, probe, workdir)
     if status == "preempted":
       return {"train": {"status": status, "steps": memory.position}}
@@ -98,6 +107,17 @@ def run(
     return summary.finish(
       experiment, state, workdir, status=status, seconds=memory.seconds, command=command
     )
+
+
+@contextlib.contextmanager
+def under_way() -> Iterator[None]:
+  """Raises Failed for OSError: so late it comes from storage, not from a setting."""
+  try:
+    yield
+  except OSError as error:
+    raise Failed(
+      f"{error}; the run goes on from its last checkpoint when it is started again"
+    ) from error
 
 
 def claim(workdir: Path, experiment: Experiment, stack: contextlib.ExitStack) -> None:
@@ -159,7 +179,10 @@ def train(experiment: Experiment, probe: Probe, workdir: Path) -> tuple[TrainSta
     if experiment.config.stop.metric:
       best = stack.enter_context(Checkpoints(workdir / "best", every=1, keep=1))
     state, memory = restore(experiment, saved)
-    state, status = Trainer(experiment, probe, saved, best, memory, workdir).train(state)
+    if memory.stopped_by == experiment.config.stop.to_dict():
+      status = "stopped"  # and then killed before its report was there
+    else:
+      state, status = Trainer(experiment, probe, saved, best, memory, workdir).train(state)
     preempted = status == "preempted"
     if best is not None and not preempted and memory.best_step not in (None, memory.position):
       state, _ = best.restore(experiment.abstract_state, step=memory.best_step)
@@ -215,6 +238,9 @@ class Trainer:
       self.timer = StepTimer(run.config.batch_size, start_step=start)
       metrics = {}
       self.timed = start  # the step that the current timing interval began at
+      self.memory.stopped_by = None
+      if start < total and jax.process_index() == 0:  # of an end that is none any more
+        (self.workdir / "results.json").unlink(missing_ok=True)
       for step in range(start + 1, total + 1):
         with self.timer.waiting(metrics):
           batch = next(loader)
@@ -247,6 +273,10 @@ class Trainer:
         branches = {branch: branch for branch in self.experiment.method.branches}
         found = self.run_probe(state, step, branches)
         stop = self.stop_early(step, state, scalars(metrics) | flatten(found))
+      if stop:
+        self.memory.stopped_by = self.experiment.config.stop.to_dict()
+        if step % every["log"]:  # the report is of the last step
+          self.log(step, state, metrics, loader)
     return "finished" if step == total else "stopped" if stop else "running"
 
   def log(self, step: int, state: TrainState, metrics: dict, loader: Loader) -> None:

@@ -59,7 +59,7 @@ def train(overrides: list[str], command: str, *, several: bool) -> None:
   from jepax import fit, preflight, sharding
 
   try:
-    with cli.errors(ValueError, OSError, fit.Diverged):  # OSError: a full disk
+    with cli.errors(fit.Failed, status=1), cli.errors(ValueError, OSError, fit.Diverged):
       config = config_lib.load(CONFIG.value, [a.removeprefix("config.") for a in overrides])
       rows = config.batch_size // max(1, config.accumulate)
       if not several or config.mesh.cpu_devices:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -66,7 +67,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     del options.command[0]
   if not options.command:
     parser.error("give the command after --: -- python -m jepax.main --config=FILE")
-  if options.processes < 1 or options.devices < 0 or options.grace < 0:
+  if not shutil.which(options.command[0]):
+    parser.error(f"there is no program {options.command[0]!r} to run")
+  if options.processes < 1 or options.devices < 0 or not options.grace >= 0:
     parser.error("--processes must be at least 1, --devices and --grace not negative")
   return options
 

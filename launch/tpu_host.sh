@@ -19,8 +19,9 @@ if ! command -v gcsfuse >/dev/null; then
   curl -fsSL "$repository/doc/apt-key.gpg" | sudo tee "$keys" >/dev/null
   echo "deb [signed-by=$keys] $repository gcsfuse-$(lsb_release -cs) main" |
     sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  sudo apt-get -qq update
-  sudo apt-get -qq install --yes gcsfuse
+  # A fresh machine may still be at its own updates.
+  sudo apt-get -qq -o DPkg::Lock::Timeout=600 update
+  sudo apt-get -qq -o DPkg::Lock::Timeout=600 install --yes gcsfuse
 fi
 if ! mountpoint -q /gcs; then
   sudo mkdir -p /gcs

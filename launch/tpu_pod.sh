@@ -8,7 +8,7 @@
 #   --name=NAME      of the queued resource and of its node
 #   --zone=ZONE      where it lies
 #   --type=TYPE      accelerator type: v5litepod-64, v5p-128, v6e-256, ...
-#   --runtime=IMAGE  of the TPU VMs; tpu-ubuntu2204-base by default, v2-alpha-tpuv6e for v6e
+#   --runtime=IMAGE  of the TPU VMs; Google's for the type by default (v2 to v6e)
 #   --bucket=BUCKET  Cloud Storage bucket that every host mounts at /gcs; the workdir lies there
 #   --spot           cheaper, and taken away at any time
 #   --keep           leave the TPU running when the run is done
@@ -21,7 +21,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-name='' zone='' type='' bucket='' runtime=tpu-ubuntu2204-base
+name='' zone='' type='' bucket='' runtime=''
 spot='' keep=no dry=no
 
 fail() {
@@ -48,6 +48,15 @@ shift
 for option in name zone type bucket; do
   [[ -n ${!option} ]] || fail "--$option=... is missing"
 done
+if [[ -z $runtime ]]; then
+  case $type in
+    v[234]-*) runtime=tpu-ubuntu2204-base ;;
+    v5lite*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    *) fail "--runtime=... is missing, and no image is known for --type=$type" ;;
+  esac
+fi
 
 workdir='' once=no
 for argument in "$@"; do
@@ -74,9 +83,14 @@ call() {
 queued() { call gcloud compute tpus queued-resources "$@" --zone="$zone"; }
 on_hosts() { call gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
 
-state() { # '' where there is none
-  gcloud compute tpus queued-resources describe "$name" --zone="$zone" \
-    --format='value(state.state)' 2>/dev/null || true
+state() { # '' where there is none, UNKNOWN where gcloud can't tell
+  if gcloud compute tpus queued-resources describe "$name" --zone="$zone" \
+    --format='value(state.state)' 2>"$scratch/errors"; then
+    return
+  fi
+  grep -q NOT_FOUND "$scratch/errors" && return
+  cat "$scratch/errors" >&2
+  echo UNKNOWN
 }
 
 create() {
@@ -108,8 +122,9 @@ train() { on_hosts all "cd jepax && .venv/bin/python -m jepax.main$(printf ' %q'
 
 is_done() { on_hosts 0 "test -e $(printf %q "$workdir/results.json")"; }
 
-archive=$(mktemp -d)/jepax.tar.gz # one state of the code for all starts
-trap 'rm -r "$(dirname "$archive")"' EXIT
+scratch=$(mktemp -d)
+trap 'rm -r "$scratch"' EXIT
+archive=$scratch/jepax.tar.gz # one state of the code for all starts
 call git -C "$root" archive --format=tar.gz --prefix=jepax/ --output="$archive" HEAD
 
 if [[ $dry == yes ]]; then
@@ -118,6 +133,7 @@ if [[ $dry == yes ]]; then
   exit
 fi
 
+[[ $(state) != UNKNOWN ]] || fail "gcloud can't say whether there is a $name in $zone"
 failures=0
 while true; do
   wait_until_active

@@ -21,7 +21,8 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 RUN = ["--config=configs/quickstart.py", '--config.log.wandb=it\'s a "project" $HOME']
 
 # A stand-in appends its name and arguments to `calls`, then answers with the next line of `NAME`:
-# an exit status and, after a space, what it prints. No line left: success.
+# an exit status and, after a space, what it prints, as an error where it fails. No line left:
+# success.
 RECORD = """#!/usr/bin/env bash
 { printf '%q ' "${0##*/}" "$@"; echo; } >>"$FAKE/calls"
 """
@@ -30,7 +31,7 @@ answers=$FAKE/$answer.answers
 [[ -s $answers ]] || exit 0
 read -r status text <"$answers"
 sed -i 1d "$answers"
-if [[ -n $text ]]; then echo "$text"; fi
+if [[ -n $text ]]; then echo "$text" >&$((status ? 2 : 1)); fi
 exit "$status"
 """
 GCLOUD = """
@@ -98,6 +99,7 @@ def test_scripts_are_clean(script):
 
 POD = [LAUNCH / "tpu_pod.sh", "--name=n", "--zone=z", "--type=v5litepod-16", "--bucket=b"]
 POD_RUN = [*RUN, "--workdir=/gcs/run"]
+NONE = "1 ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource not found"
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def pod_steps(fakes: Fakes) -> list[str]:
 
 
 def test_tpu_pod_creates_trains_and_deletes(pod):
-  pod.answers("state", "1", "0 PROVISIONING", "0 ACTIVE")  # 1: there is none yet
+  pod.answers("state", NONE, NONE, "0 PROVISIONING", "0 ACTIVE")
   done = pod.run(*POD, "--spot", "--", *POD_RUN)
   assert done.returncode == 0, done.stderr
   assert pod_steps(pod) == ["create", "copy", "install", "run", "look", "delete"]
@@ -142,7 +144,8 @@ def test_tpu_pod_creates_trains_and_deletes(pod):
 
 
 def test_tpu_pod_starts_over_when_it_is_taken_away(pod):
-  pod.answers("state", "0 ACTIVE", "0 SUSPENDING", "0 SUSPENDED", "1", "0 ACTIVE")
+  states = ("0 ACTIVE", "0 ACTIVE", "0 SUSPENDING", "0 SUSPENDED", NONE, "0 ACTIVE")
+  pod.answers("state", *states)
   pod.answers("run", "255", "0")
   assert pod.run(*POD, "--keep", "--", *POD_RUN).returncode == 0
   again = ["copy", "install", "run"]
@@ -151,7 +154,7 @@ def test_tpu_pod_starts_over_when_it_is_taken_away(pod):
 
 
 def test_tpu_pod_runs_again_what_was_stopped(pod):
-  pod.answers("state", "0 ACTIVE", "0 ACTIVE")
+  pod.answers("state", *["0 ACTIVE"] * 3)
   pod.answers("done", "1", "0")  # no results.json after the first run
   assert pod.run(*POD, "--", *POD_RUN).returncode == 0
   start = ["copy", "install", "run", "look"]
@@ -166,8 +169,39 @@ def test_tpu_pod_gives_up_on_a_run_that_fails(pod):
   assert pod_steps(pod) == ["copy", "install", "run"] * 3
 
 
+def test_tpu_pod_asks_again_where_gcloud_can_not_tell(pod):
+  """Not knowing is not the same as there being none, which would be created a second time."""
+  unavailable = "1 ERROR: UNAVAILABLE: 503 try again"
+  pod.answers("state", "0 WAITING_FOR_RESOURCES", unavailable, "0 ACTIVE")
+  done = pod.run(*POD, "--keep", "--", *POD_RUN)
+  assert done.returncode == 0 and "503 try again" in done.stderr
+  assert pod_steps(pod) == ["copy", "install", "run", "look"]
+  pod.answers("state", "1 ERROR: PERMISSION_DENIED")  # at the start somebody is there to read it
+  done = pod.run(*POD, "--", *POD_RUN)
+  assert done.returncode == 2 and "PERMISSION_DENIED" in done.stderr
+  assert "whether there is a n in z" in done.stderr
+
+
+@pytest.mark.parametrize(
+  "kind, image",
+  [
+    ("v4-32", "tpu-ubuntu2204-base"),
+    ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+    ("v5p-128", "v2-alpha-tpuv5"),
+    ("v6e-256", "v2-alpha-tpuv6e"),
+  ],
+)
+def test_tpu_pod_takes_the_image_of_the_type(pod, kind, image):
+  done = pod.run(*POD, f"--type={kind}", "--dry_run", "--", *POD_RUN)
+  assert f"--runtime-version={image} " in done.stdout.replace("\n", " ")
+  mine = pod.run(*POD, f"--type={kind}", "--runtime=mine", "--dry_run", "--", *POD_RUN)
+  assert "--runtime-version=mine " in mine.stdout.replace("\n", " ")
+  unknown = pod.run(*POD, "--type=v99-8", "--dry_run", "--", *POD_RUN)
+  assert unknown.returncode == 2 and "--runtime=... is missing" in unknown.stderr
+
+
 def test_tpu_pod_runs_a_preflight_once(pod):
-  pod.answers("state", "0 ACTIVE")
+  pod.answers("state", *["0 ACTIVE"] * 2)
   assert pod.run(*POD, "--keep", "--", *POD_RUN, "--dry_run").returncode == 0
   assert pod_steps(pod) == ["copy", "install", "run"]
 
@@ -189,7 +223,7 @@ def test_tpu_pod_without_a_commit_says_so(pod):
 
 def test_arguments_survive_the_shells(pod, tmp_path):
   """What the remote shell makes of the command is what the user wrote."""
-  pod.answers("state", "0 ACTIVE")
+  pod.answers("state", *["0 ACTIVE"] * 2)
   pod.run(*POD, "--", *POD_RUN)
   words = next(w for call in pod.calls() for w in call if "jepax.main" in w)
   home = tmp_path / "home"
@@ -233,18 +267,20 @@ def slurm(fakes) -> Fakes:
   return fakes
 
 
-@pytest.mark.parametrize("end", ["done", "stopped", "failed", "preflight"])
+@pytest.mark.parametrize("end", ["done", "stopped", "early", "failed", "preflight"])
 def test_slurm_requeues_what_was_stopped_alone(slurm, tmp_path, end):
   arguments = [*RUN, f"--workdir={tmp_path}", *(["--dry_run"] if end == "preflight" else [])]
   if end == "done":
     (tmp_path / "results.json").touch()
   if end == "failed":
     slurm.answers("srun", "3")
+  if end == "early":  # before there was anything to save
+    slurm.answers("srun", "143")
   done = slurm.run(LAUNCH / "slurm.sbatch", "--", *arguments)
   assert done.returncode == (3 if end == "failed" else 0)
   first, *rest = slurm.calls()
   assert first == ["srun", "--kill-on-bad-exit=1", "python", "-m", "jepax.main", *arguments]
-  assert rest == ([["scontrol", "requeue", "42"]] if end == "stopped" else [])
+  assert rest == ([["scontrol", "requeue", "42"]] if end in ("stopped", "early") else [])
 
 
 def test_slurm_script_outlives_a_signal(slurm, tmp_path):

@@ -24,7 +24,7 @@ DROP = flags.DEFINE_list("drop", [], "Beginnings of tensor names to leave out: c
 
 def parse(argv: list[str]) -> list[str]:
   """absl's flags; what is left must be the source and the folder to write."""
-  left = app.parse_flags_with_usage(argv)
+  left = cli.known(argv)
   if len(left) != 3:
     cli.fail(f"expected SOURCE and OUT, found {left[1:]}; usage: {__doc__}")
   return left

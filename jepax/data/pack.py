@@ -82,7 +82,7 @@ class Screen(packing.Report):
 
 def parse(argv: list[str]) -> list[str]:
   """absl's flags; what is left must be SOURCE and OUT, or OUT alone with --verify."""
-  left = app.parse_flags_with_usage(argv)
+  left = cli.known(argv)
   if len(left) != (2 if VERIFY.value else 3):
     wanted = "OUT" if VERIFY.value else "SOURCE and OUT"
     cli.fail(f"expected {wanted}, found {left[1:]}; usage:\n{__doc__}")

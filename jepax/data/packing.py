@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import io
@@ -27,6 +26,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jepax.data import shards
 from jepax.data.decode import BadExample, check
 from jepax.data.origins import Origin
+from jepax.lock import claim
 
 _NOTES = ".packing"
 
@@ -106,10 +106,9 @@ def _claimed(folder: Path) -> Iterator[None]:
   folder.mkdir(parents=True, exist_ok=True)
   descriptor = os.open(folder, os.O_RDONLY)
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    taken = f"another process packs into {folder}; wait for it or stop it"
+    claim(descriptor, folder, taken=taken)
     yield
-  except BlockingIOError:
-    raise ValueError(f"another process packs into {folder}; wait for it or stop it") from None
   finally:
     os.close(descriptor)
 
@@ -146,7 +145,8 @@ def _claim_notes(notes: Path, plan: dict[str, Any]) -> None:
 
 def _ranges(sizes: np.ndarray, shard_bytes: int) -> list[range]:
   """Cuts the examples into runs of about this size; the same ones for the same sizes."""
-  shard = (np.cumsum(sizes) - 1) // shard_bytes  # of each example's last byte
+  # Of each example's last byte; a file may be empty.
+  shard = np.maximum(np.cumsum(sizes) - 1, 0) // shard_bytes
   starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
   return [range(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 

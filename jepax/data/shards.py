@@ -94,6 +94,8 @@ class Index:
       ) from None
     except ValueError as error:
       raise ValueError(f"{folder / INDEX} is damaged ({error}); {_REPAIR}") from error
+    if not isinstance(content, dict) or "version" not in content:
+      raise ValueError(f"{folder / INDEX} is not of `python -m jepax.data.pack`; {_REPAIR}")
     if content["version"] != VERSION:
       raise ValueError(
         f"{folder / INDEX} has format version {content['version']}, this jepax reads {VERSION}; "

@@ -49,7 +49,7 @@ def attention(
   if implementation == "cudnn" and platform() != "gpu":
     raise ValueError(f"attention='cudnn' needs an NVIDIA GPU, found {platform()}; use 'auto'")
   if implementation == "plain":
-    return _plain(q, k, v, valid)
+    return _plain(q, k, v, valid).reshape(q.shape)
   mask = None if valid is None else valid[:, None, None, :]
   if mask is not None and implementation == "cudnn":  # which takes no row that stands for all
     mask = constrain(jnp.broadcast_to(mask, (mask.shape[0], 1, q.shape[1], k.shape[1])))
@@ -72,10 +72,12 @@ def fused(implementation: str, *, dtype: jnp.dtype, head_width: int) -> bool:
 
 @jax.custom_vjp
 def _plain(q, k, v, valid):
+  """[b n (h e)], the heads side by side: as the layer behind keeps it, so that both keep one."""
   return _plain_forward(q, k, v, valid)[0]
 
 
 def _plain_forward(q, k, v, valid):
+  b, n, h, e = q.shape
   # Heads before tokens: on CPU the products then run on contiguous matrices, 0.57x the time.
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [b h n e]
   q = q * q.shape[-1] ** -0.5
@@ -87,14 +89,16 @@ def _plain_forward(q, k, v, valid):
   factor = 1 / weights.sum(-1, keepdims=True)
   weights = weights.astype(v.dtype)
   y = (_einsum("bhnm,bhme->bhne", weights, v) * factor).astype(v.dtype)
-  return y.swapaxes(1, 2), (q, k, v, weights, factor, y)
+  y = y.swapaxes(1, 2).reshape(b, n, h * e)
+  return y, (q, k, v, weights, factor, y)
 
 
 def _plain_backward(kept, g):
   q, k, v, weights, factor, y = kept
-  g = g.swapaxes(1, 2) * factor  # float32
-  inner = (g * y).sum(-1, keepdims=True)  # of a softmax's gradient, over e instead of over m
-  g = g.astype(v.dtype)
+  b, h, n, e = q.shape
+  # Of a softmax's gradient, over e instead of over m; [b h n 1], float32.
+  inner = (g.astype(jnp.float32) * y).reshape(b, n, h, e).sum(-1).swapaxes(1, 2)[..., None] * factor
+  g = (g.reshape(b, n, h, e).swapaxes(1, 2) * factor).astype(v.dtype)
   g_logits = (weights * (_einsum("bhne,bhme->bhnm", g, v) - inner)).astype(q.dtype)
   g_q = _einsum("bhnm,bhme->bhne", g_logits, k) * q.shape[-1] ** -0.5
   g_k = _einsum("bhnm,bhne->bhme", g_logits, q)

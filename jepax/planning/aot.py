@@ -141,7 +141,7 @@ def _shortage(message: str) -> tuple[float, float] | None:
 def stderr() -> Iterator[list[str]]:
   """Collects what is written to the file descriptor 2, by C++ too; the list fills at the end.
 
-  After an error the text is written after all.
+  After an error the text is written after all, but for a ValueError, which says enough.
   """
   lines: list[str] = []
   sys.stderr.flush()
@@ -150,9 +150,10 @@ def stderr() -> Iterator[list[str]]:
     os.dup2(file.fileno(), 2)
     try:
       yield lines
-    except BaseException:
-      file.seek(0)
-      os.write(kept, file.read())
+    except BaseException as error:
+      if not isinstance(error, ValueError):
+        file.seek(0)
+        os.write(kept, file.read())
       raise
     finally:
       sys.stderr.flush()

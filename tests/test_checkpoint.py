@@ -190,6 +190,18 @@ def test_bad_arguments(tmp_path):
       checkpoints.save(1, make_state(), meta={"config": object()})
 
 
+def test_storage_that_fails_is_an_os_error(tmp_path, monkeypatch):
+  """TensorStore says ValueError, which elsewhere is a mistake of whoever started the run."""
+
+  def refuse(*_, **__):
+    raise ValueError("UNAVAILABLE: error writing params.kernel")
+
+  with Checkpoints(tmp_path, every=1, keep=1) as checkpoints:
+    monkeypatch.setattr(checkpoints._manager, "save", refuse)
+    with pytest.raises(OSError, match="a checkpoint can't be written: UNAVAILABLE"):
+      checkpoints.save(1, make_state(), meta={})
+
+
 CRASH = """
   import sys
   import jax, jax.numpy as jnp

@@ -94,6 +94,20 @@ def test_unreadable_images_are_named_and_counted(tmp_path):
   assert np.bincount(open_shards(tmp_path / "out", channels=3).labels).tolist() == [6, 6]
 
 
+def test_empty_files_are_unreadable_wherever_they_stand(tmp_path):
+  folder = fill(tmp_path / "in", ("bee",))
+  (folder / "ant").mkdir()
+  for name in ("ant/0.jpg", "ant/1.jpg", "bee/9.jpg"):
+    (folder / name).touch()
+  index = pack(folder, tmp_path / "out", max_bad_fraction=0.5)
+  assert index.count == 6
+  assert [name for name, _ in index.unreadable] == ["ant/0.jpg", "ant/1.jpg", "bee/9.jpg"]
+  for file in (folder / "bee").iterdir():
+    file.write_bytes(b"")
+  with pytest.raises(ValueError, match="9 of 9 images are unreadable"):
+    pack(folder, tmp_path / "none", max_bad_fraction=0.5)
+
+
 def test_kill_at_any_moment(tmp_path):
   images = fill(tmp_path / "images", count=2)
   command = [sys.executable, str(ROOT / "tests" / "kill_packing.py"), str(images), str(tmp_path)]
@@ -153,6 +167,10 @@ def test_damage_is_found(images, packed, tmp_path):
   shard.unlink()
   with pytest.raises(ValueError, match=r"shard-00000.array_record can't be read: No such file"):
     open_shards(damaged, channels=3)
+  for strange in ("[]", '{"shards": []}'):
+    (damaged / "index.json").write_text(strange)
+    with pytest.raises(ValueError, match=r"index.json is not of `python -m jepax.data.pack`"):
+      open_shards(damaged, channels=3)
 
 
 def test_another_source_is_refused(images, packed, tmp_path):

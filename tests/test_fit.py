@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jepax import fit, sharding
+from jepax import fit, sharding, summary
 from jepax.checkpoint import Checkpoints
 from jepax.data.build import Data
 from jepax.experiment import prepare
@@ -104,6 +105,29 @@ def test_early_stop_evaluates_the_best_step(tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
+def test_an_early_stop_stays_one_until_its_rule_changes(tmp_path, monkeypatch):
+  """Also where it comes before the first row of the log."""
+  workdir = tmp_path / "run"
+  options = dict(log__every="8 steps", eval__every="1 steps", stop__metric="train/loss")
+  config = tiny.config("mae", stop__mode="max", stop__patience=1, **options)
+  results = fit.run(config, workdir, data=tiny.data())
+  assert results["train"]["status"] == "stopped" and results["train"]["steps"] < 8
+  before = read_history(workdir)
+  again = fit.run(config, workdir, data=tiny.data())
+  assert read_history(workdir) == before and again["knn"] == results["knn"]
+  assert again["train"] == results["train"]
+
+  def lost(*_, **__):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(summary, "finish", lost)
+  with pytest.raises(fit.Failed, match=r"No space left .*goes on from its last checkpoint"):
+    fit.run(tiny.config("mae", **options | {"stop__metric": ""}), workdir, data=tiny.data())
+  assert read_history(workdir)[-1]["step"] == 10
+  assert not (workdir / "results.json").exists()  # of step 1 or so, and scripts look for it
+
+
+@pytest.mark.usefixtures("one_device")
 def test_divergence_stops_with_the_last_good_parameters(tmp_path):
   config = tiny.config("mae", optim__lr=1e30, optim__warmup=0, max_skipped=3)
   with pytest.raises(fit.Diverged, match=r"3 updates were not finite .*Lower optim\.lr"):
@@ -129,6 +153,15 @@ def test_one_process_a_workdir(tmp_path):
   with lock(tmp_path), refused, lock(tmp_path):
     pass
   with lock(tmp_path):
+    pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(38, "Function not implemented")
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  with pytest.raises(OSError, match=f"{tmp_path} can't be locked .*with locks"), lock(tmp_path):
     pass
 
 

@@ -12,7 +12,7 @@ import pytest
 import quick
 from absl.testing import flagsaver
 
-from jepax import cli, main
+from jepax import cli, fit, main
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "--config=configs/quickstart.py:smoke"
@@ -49,17 +49,19 @@ def test_mistakes(start, tmp_path, arguments, message):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("argument", ["--confg=x.py", "stray", "--workdir"])
+@pytest.mark.parametrize(
+  "argument", ["--confg=x.py", "stray", "--workdir", "--heartbeat_timeout=soon"]
+)
 def test_unknown_flags(start, argument):
   status, error = start(QUICKSTART, argument)
-  assert status != 0
+  assert status == 2
   assert "Traceback" not in error
   assert argument.lstrip("-").partition("=")[0] in error  # what was wrong is named
 
 
 @pytest.mark.parametrize(
   ("arguments", "status", "message"),
-  [(MISTAKES[0][0], 2, MISTAKES[0][1]), ([QUICKSTART, "--confg=x.py"], 1, "confg")],
+  [(MISTAKES[0][0], 2, MISTAKES[0][1]), ([QUICKSTART, "--confg=x.py"], 2, "confg")],
 )
 def test_mistakes_of_a_process(arguments, status, message):
   done = subprocess.run(
@@ -73,6 +75,18 @@ def test_mistakes_of_a_process(arguments, status, message):
   assert done.returncode == status
   assert message in done.stderr
   assert "Traceback" not in done.stderr and len(done.stderr) < 2000
+
+
+def test_storage_that_fails_under_way_is_no_mistake(start, monkeypatch, tmp_path):
+  """A scheduler starts again what ends with 1, and gives up on 2."""
+
+  def fail(*_, **__):
+    with fit.under_way():
+      raise OSError(5, "Input/output error")
+
+  monkeypatch.setattr(fit, "run", fail)
+  status, error = start(QUICKSTART, f"--workdir={tmp_path / 'run'}")
+  assert status == 1 and "Input/output error; the run goes on from its last checkpoint" in error
 
 
 @pytest.mark.parametrize(

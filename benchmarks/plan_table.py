@@ -37,7 +37,8 @@ TOPOLOGIES = {
   "simclr_imagenet": "v5e:4x4",
   "vicreg_imagenet": "v5e:4x4",
 }
-EXAMPLES = {"ijepa_vitg16": 14_197_122, "photos": 10_000}  # folders: ImageNet-22k, one's own
+# Sets that are not known without their data: ImageNet-22k, a folder of one's own, Imagenette.
+EXAMPLES = {"ijepa_vitg16": 14_197_122, "photos": 10_000, "imagenette_resnet18": 9_469}
 HEADER = (
   "config",
   "chips",
@@ -100,7 +101,8 @@ def table(rows: dict[str, dict], *, command: str) -> str:
     + " and ".join(f"{x:.0%}" for x in sorted(mfu))
     + ".",
     "FLOPs are those of matrix products, forward and backward, without recomputation. The largest",
-    "batch is known to 10 % or to the next multiple of the devices.",
+    "batch is known to 10 % or to the next multiple of the devices; near the limit the compiler",
+    "saves memory by its own rules, and a batch may fit though a smaller one does not.",
     "",
     "| " + " | ".join(HEADER) + " |",
     "|" + "---|" * len(HEADER),

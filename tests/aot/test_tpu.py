@@ -40,19 +40,21 @@ def plan(config: str, topology: str, *arguments: str) -> dict:
 
 
 @pytest.mark.parametrize(
-  ("config", "topology", "devices"),
+  ("config", "topology", "devices", "most"),
   [
-    ("ijepa_vitb.py", "v5e:4x4", 16),
-    ("ijepa_vith14.py", "v5e:16x16", 256),
-    ("ijepa_vitg16.py", f"v5p:8x8x8 {IMAGENET_22K}", 512),
-    ("ijepa_vith14.py", "v5e:16x16 --config.mesh.fsdp=16", 256),
+    ("ijepa_vitb.py", "v5e:4x4", 16, 10.0),
+    ("ijepa_vith14.py", "v5e:16x16", 256, 13.5),
+    ("ijepa_vitg16.py", f"v5p:8x8x8 {IMAGENET_22K}", 512, 21.0),
+    ("ijepa_vith14.py", "v5e:16x16 --config.mesh.fsdp=16", 256, 13.5),
   ],
 )
-def test_recipes_fit_and_communicate_as_they_should(config, topology, devices):
+def test_recipes_fit_and_communicate_as_they_should(config, topology, devices, most):
+  """most: GiB, a twentieth above what was measured: an activation kept twice is more."""
   found = plan(config, *topology.split(), "--nolargest")
   assert found["devices"] == found["chips"] == devices
   assert found["fits"]
   assert 0 < found["memory"]["peak"] <= found["needed"] < found["chip"]["memory"]
+  assert found["needed"] < most * 2**30
   assert found["rematerialised"] == []
   assert "all-reduce" in found["collectives"]  # the gradients
   assert not {"all-to-all", "ragged-all-to-all"} & set(found["collectives"])

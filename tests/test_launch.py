@@ -256,6 +256,22 @@ def test_wrong_use_is_refused(fakes, arguments, message):
   assert fakes.calls() == []
 
 
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--", "no-such-program"], "no program 'no-such-program'"),
+    (["--grace=nan", "--", "true"], "--grace not negative"),  # which would wait for ever
+    (["--processes=0", "--", "true"], "--processes must be at least 1"),
+    ([], "after --"),
+  ],
+)
+def test_wrong_use_of_local_is_refused(arguments, message):
+  command = [sys.executable, LAUNCH / "local.py", *arguments]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert done.returncode == 2 and message in done.stderr
+  assert "Traceback" not in done.stderr
+
+
 # --- SLURM ----------------------------------------------------------------------------------
 
 

@@ -8,22 +8,30 @@ from types import MappingProxyType
 import jax
 from jax.sharding import Mesh
 
-# YNNPACK is left the sums; matrix products go to Eigen. On a Xeon with AMX one core of it reaches
-# 75 to 100 GFLOP/s by YNNPACK, which jaxlib 0.10 takes, and 100 to 135 by Eigen.
-_CPU = MappingProxyType({"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"})
+# Matrix products are oneDNN's and sums YNNPACK's, to which jaxlib 0.10 gives both. On two cores of
+# a Xeon with AMX attention's batched products reach 30 to 70 GFLOP/s by Eigen or YNNPACK and 80 to
+# 160 by oneDNN, others 5 % more by oneDNN than by Eigen. Products alone: what oneDNN fuses behind
+# them is no faster. A jaxlib without oneDNN (on ARM) leaves them to Eigen.
+_CPU = MappingProxyType(
+  {
+    "xla_cpu_use_onednn": True,
+    "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+  }
+)
 
 
-def options(mesh: Mesh) -> dict[str, str]:
+def options(mesh: Mesh) -> dict[str, bool | str]:
   """Of `jax.jit(compiler_options=...)`, for programs that run on a mesh."""
   on_cpu = mesh.devices.flat[0].platform == "cpu"
-  return dict(_CPU) if on_cpu and _known() else {}
+  return {name: value for name, value in _CPU.items() if _known(name, value)} if on_cpu else {}
 
 
 @functools.cache
-def _known() -> bool:
-  """Whether this XLA has the options, which bear the word experimental."""
+def _known(name: str, value: bool | str) -> bool:
+  """Whether this XLA has the option; most bear the word experimental."""
   try:
-    jax.jit(lambda x: x, compiler_options=dict(_CPU)).lower(0).compile()
+    jax.jit(lambda x: x, compiler_options={name: value}).lower(0).compile()
   except jax.errors.JaxRuntimeError:
     return False
   return True

@@ -28,13 +28,16 @@ def of_both(setting: str) -> str:
   return ",".join(f"{part}.{setting}" for part in BOTH)
 
 
-SMALL_PAGES = "GLIBC_TUNABLES="  # the one choice that is no override: see jepax.huge_pages
+# Choices that are no overrides: see jepax.huge_pages and jepax.compiler.
+SMALL_PAGES = "GLIBC_TUNABLES="
+EIGEN = "XLA_FLAGS=--xla_cpu_use_onednn=false"
 
 CASES = {
   "configs/quickstart.py": {
     "as configured (unrolled, one device a core, tanh GELU)": "",
     "one device, whose threads share each operation": "mesh.cpu_devices=1",
     "memory on small pages": SMALL_PAGES,
+    "matrix products by Eigen": EIGEN,
     "exact GELU": of_both("activation=gelu"),
     "attention: jax.nn.dot_product_attention": of_both("attention=xla"),
     "blocks scanned": of_both("scan=true"),
@@ -47,6 +50,7 @@ CASES = {
     ),
     "one device a core, each with all parameters": "mesh.cpu_devices=2",
     "memory on small pages": SMALL_PAGES,
+    "matrix products by Eigen": EIGEN,
     "attention: jax.nn.dot_product_attention": of_both("attention=xla"),
     "blocks scanned": of_both("scan=true"),
     "scanned, all but matrix products again": f"{of_both('scan=true')},{of_both('remat=dots')}",
@@ -59,8 +63,9 @@ SHORT = {"configs/quickstart.py": 20}  # times as many steps, each a small part 
 def measure(base: str, setting: str, options: argparse.Namespace) -> dict:
   """One process's times, see `step_time.run_jepax`."""
   added = huge_pages.environment()  # as jepax.main has it
-  if setting == SMALL_PAGES:
-    added, setting = {}, ""
+  name, _, value = setting.partition("=")
+  if name.isupper():  # a variable of the environment
+    added, setting = added | {name: value}, ""
   spec = f"{base},{setting}".rstrip(",")
   command = [sys.executable, str(HERE / "step_time.py"), f"--worker={spec}"]
   times = SHORT.get(base, 1)

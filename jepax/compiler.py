@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from types import MappingProxyType
 
 import jax
@@ -22,9 +23,13 @@ _CPU = MappingProxyType(
 
 
 def options(mesh: Mesh) -> dict[str, bool | str]:
-  """Of `jax.jit(compiler_options=...)`, for programs that run on a mesh."""
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
-  return {name: value for name, value in _CPU.items() if _known(name, value)} if on_cpu else {}
+  """Of `jax.jit(compiler_options=...)`, for programs that run on a mesh; XLA_FLAGS come first."""
+  if mesh.devices.flat[0].platform != "cpu":
+    return {}
+  flags = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+  return {
+    name: value for name, value in _CPU.items() if f"--{name}" not in flags and _known(name, value)
+  }
 
 
 @functools.cache

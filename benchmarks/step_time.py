@@ -40,8 +40,7 @@ CASES = {
   "cpu": (
     "configs/quickstart.py",
     "configs/quickstart.py,method.encoder.activation=gelu,method.predictor.activation=gelu",
-    # One device: large products share its threads well, and 30 million parameters move once.
-    "configs/ijepa_vits.py,batch_size=16,precision=float32,mesh.cpu_devices=1",
+    "configs/ijepa_vits.py,batch_size=16,precision=float32",
   ),
   # Batches of the reference's GPUs, or what fits beside it in 80 GB; see results/gpu_program.md.
   "cuda": (

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from jepax import config as config_lib
-from jepax import sharding
+from jepax import core, sharding
 from jepax.core import make_train_step
 from jepax.masks.tokens import Masks, TokenSet
 from jepax.methods.two_views import TwoViews
@@ -179,9 +179,14 @@ def test_labels_are_never_read(name):
 
 # What the training step itself promises is tried with a method that carries a target and with one
 # that couples the batch.
-@pytest.mark.parametrize("name", ["ijepa", "vicreg"], indirect=True)
-def test_a_step_that_is_not_finite_changes_nothing_but_counters(name):
+@pytest.mark.parametrize(
+  ("name", "chosen_as_on"),
+  [("ijepa", "cpu"), ("vicreg", "cpu"), ("ijepa", "tpu")],
+  indirect=["name"],
+)
+def test_a_step_that_is_not_finite_changes_nothing_but_counters(name, chosen_as_on, monkeypatch):
   """And is no other program than those before and after it."""
+  monkeypatch.setattr(core, "platform", lambda: chosen_as_on)
   tx, traces = optax.adam(1e-3), 0
   method, state, batch = start(name, tx)
 

@@ -69,7 +69,13 @@ def measure(base: str, setting: str, options: argparse.Namespace) -> dict:
   times = SHORT.get(base, 1)
   command += [f"--steps={times * options.steps}", f"--warmup={times * 2}"]
   done = subprocess.run(
-    command, env=os.environ | added, stdout=subprocess.PIPE, text=True, cwd=HERE.parent, check=True
+    command,
+    env=os.environ | added,
+    stdin=subprocess.DEVNULL,  # no turns to wait for
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=HERE.parent,
+    check=True,
   )
   return json.loads(done.stdout.splitlines()[-1])
 

@@ -4,7 +4,9 @@
   python benchmarks/step_time.py --reference=REFERENCE [--reference_python=PYTHON] \
     [--device=cuda] [--peers=eager,compile] [--rounds=3 --steps=10] [CONFIG[,KEY=VALUE ...] ...]
 
-Each side runs in a process of its own, in turns, on random images that lie on the device already.
+Each side runs in a process of its own, on random images that lie on the device already. In a round
+all start anew; on a CPU they then take turns, a step or half a second of steps each, so that a
+machine's neighbours slow all of them; on a GPU, which can't hold both, one runs after the other.
 The reference gets contexts and targets of as many tokens as jepax computes, padding included, so
 both do the same work; drawing the masks is part of jepax's step and not of the reference's, which
 does it in the loader's workers. PYTHON is an interpreter with torch, this one by default. Runs on
@@ -25,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -123,8 +126,10 @@ def load(spec: str, *, plain: bool = False):
   return prepare(config, data=Data.unread(config.data, count=10**6))
 
 
-def run_jepax(spec: str, *, warmup: int, steps: int) -> dict:
-  """Times the training step of a config, as `jepax.main` runs it."""
+def run_jepax(
+  spec: str, *, warmup: int, steps: int, turn: Callable[[], None] | None = None
+) -> dict:
+  """Times the training step of a config, as `jepax.main` runs it; calls `turn` before each step."""
   import jax
 
   experiment = load(spec)
@@ -140,6 +145,8 @@ def run_jepax(spec: str, *, warmup: int, steps: int) -> dict:
   first = time.perf_counter() - start
   seconds = []
   for i in range(warmup + steps):
+    if turn and i >= warmup:
+      turn()
     start = time.perf_counter()
     state, metrics = experiment.train_step(state, batch)
     float(metrics["train/loss"])
@@ -159,20 +166,48 @@ def run_jepax(spec: str, *, warmup: int, steps: int) -> dict:
   }
 
 
+class Turns:
+  """In a worker: waits until it is its turn, which lasts half a second or a step."""
+
+  def __init__(self):
+    self.end = 0.0
+
+  def __call__(self) -> None:
+    if time.perf_counter() >= self.end:
+      print("ready", flush=True)
+      sys.stdin.readline()
+      self.end = time.perf_counter() + 0.5
+
+
 class Side:
-  """A command that times `steps` steps and prints JSON as its last line."""
+  """A command that times `steps` steps, see `Turns`, and prints JSON as its last line."""
 
   def __init__(self, name: str, command: list[str], environment: dict[str, str]):
     self.name, self.command, self.environment = name, command, environment
     self.rounds: list[dict] = []
 
-  def measure(self) -> None:
-    done = subprocess.run(
-      self.command, env=self.environment, stdout=subprocess.PIPE, text=True, cwd=HERE.parent
+  def start(self) -> None:
+    """Starts the process and returns when it is warm."""
+    pipe = subprocess.PIPE
+    self.process = subprocess.Popen(
+      self.command, env=self.environment, stdin=pipe, stdout=pipe, text=True, cwd=HERE.parent
     )
-    if done.returncode:
+    self._read()
+
+  def turn(self) -> bool:
+    """Lets it go on until its turn ends; whether steps are left."""
+    print(file=self.process.stdin, flush=True)
+    return self._read()
+
+  def _read(self) -> bool:
+    for line in self.process.stdout:
+      if line == "ready\n":
+        return True
+      last = line
+    if self.process.wait():
       raise SystemExit(f"{self.name} failed: {' '.join(self.command)}")
-    self.rounds.append(json.loads(done.stdout.splitlines()[-1]))
+    self.rounds.append(json.loads(last))
+    return False
 
   def row(self, case: Case, ours: float | None = None) -> dict:
     """Median over the rounds; `ours` is jepax's rate, which the ratio is of."""
@@ -218,11 +253,15 @@ def sides(
 def compare(
   case: Case, options: argparse.Namespace, environment: dict[str, str], added: dict[str, str]
 ) -> list[dict]:
-  """One row a side; the sides take turns."""
+  """One row a side."""
   found = sides(case, options, environment, added)
   for _ in range(options.rounds):
-    for side in found:
-      side.measure()
+    for group in [found] if options.device == "cpu" else [[side] for side in found]:
+      for side in group:
+        side.start()
+      left = group
+      while left:
+        left = [side for side in left if side.turn()]
   ours = found[0].row(case)
   return [ours, *(side.row(case, ours["images_per_second"]) for side in found[1:])]
 
@@ -276,7 +315,8 @@ def check_device(name: str) -> None:
 def main() -> None:
   options = parse()
   if options.worker:
-    print(json.dumps(run_jepax(options.worker, warmup=options.warmup, steps=options.steps)))
+    counts = dict(warmup=options.warmup, steps=options.steps)
+    print(json.dumps(run_jepax(options.worker, **counts, turn=Turns())))
     return
   if options.reference is None or not (options.reference / "src" / "train.py").is_file():
     raise SystemExit("--reference must be a checkout of facebookresearch/ijepa")

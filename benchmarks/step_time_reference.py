@@ -1,7 +1,8 @@
 """One side of step_time.py: the reference I-JEPA's training step, timed in a process of its own.
 
 Needs torch and a checkout of facebookresearch/ijepa, and nothing of jepax or JAX. Reads a JSON of
-settings (see `step_time.Case`) on the command line; prints one JSON line.
+settings (see `step_time.Case`) on the command line; waits for its turns (`step_time.Turns`); prints
+JSON as its last line.
 
 The step is that of the reference's train.py: target, context, prediction, smooth L1, backward,
 AdamW over its four parameter groups, EMA. What it does beside one device's arithmetic is left out:
@@ -118,8 +119,12 @@ def main() -> None:
   first = time.perf_counter() - start
   for _ in range(case["warmup"]):
     float(step())
-  seconds = []
+  seconds, end = [], 0.0
   for _ in range(case["steps"]):
+    if time.perf_counter() >= end:
+      print("ready", flush=True)
+      sys.stdin.readline()
+      end = time.perf_counter() + 0.5
     start = time.perf_counter()
     float(step())
     if device == "cuda":

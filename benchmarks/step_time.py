@@ -321,6 +321,7 @@ def main() -> None:
   if options.reference is None or not (options.reference / "src" / "train.py").is_file():
     raise SystemExit("--reference must be a checkout of facebookresearch/ijepa")
   environment = ENVIRONMENTS[options.device] | dict(os.environ)
+  os.environ["JAX_PLATFORMS"] = environment["JAX_PLATFORMS"]
   added = huge_pages.environment()  # as jepax.main starts with; the reference is slower with it
   os.environ["JAX_PLATFORMS"] = "cpu"  # this process only looks at shapes
   from jepax.versions import environment as versions

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from jepax.models.activations import gelu
 from jepax.models.norms import LayerNorm
+from jepax.models.product import product
 from jepax.models.resnet import check_size, check_stages
 from jepax.names import one_of
 from jepax.sharding import constrain
@@ -48,8 +49,8 @@ class Block(nn.Module, kw_only=True):
     layers = dict(dtype=self.dtype, kernel_init=INIT)
     y = nn.Conv(c, (7, 7), padding=3, feature_group_count=c, name="conv", **layers)(x)
     y = LayerNorm(dtype=self.dtype, name="norm")(y)
-    y = gelu(nn.Dense(4 * c, name="fc1", **layers)(y))
-    y = nn.Dense(c, name="fc2", **layers)(y)
+    y = gelu(nn.Dense(4 * c, dot_general=product, name="fc1", **layers)(y))
+    y = nn.Dense(c, dot_general=product, name="fc2", **layers)(y)
     y = y * self.param("scale", nn.initializers.constant(self.layer_scale), (c,))
     if self.has_rng("drop_path"):
       kept = 1 - self.drop_rate

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jepax.losses import normalise
 from jepax.models.activations import gelu
+from jepax.models.product import product
 from jepax.models.transformer import dense
 from jepax.names import one_of
 
@@ -65,10 +68,11 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """x: [b d] -> f32[b widths[-1]]."""
+    layer = functools.partial(nn.Dense, dtype=self.dtype, dot_general=product)
     for i, width in enumerate(self.widths[:-1]):
-      x = nn.Dense(width, use_bias=self.bias, dtype=self.dtype, name=f"dense{i}")(x)
+      x = layer(width, use_bias=self.bias, name=f"dense{i}")(x)
       x = nn.relu(BatchNorm(name=f"bn{i}")(x))
-    last = nn.Dense(self.widths[-1], use_bias=self.out_bias, dtype=self.dtype, name="out")
+    last = layer(self.widths[-1], use_bias=self.out_bias, name="out")
     x = last(x).astype(jnp.float32)
     if self.out_norm == "none":
       return x

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jepax.models.activations import ACTIVATIONS
 from jepax.models.attention import IMPLEMENTATIONS, attention, fused
 from jepax.models.norms import LayerNorm
+from jepax.models.product import product
 from jepax.names import one_of
 from jepax.sharding import constrain, fsdp_parts, platform, regroup, tensor_parts
 
@@ -39,18 +40,6 @@ def dense(owner: nn.Module, width: int, *, name: str) -> nn.Dense:
   """A linear layer to `width` units with its owner's compute dtype and initialisation."""
   init = INITS[owner.init_name]
   return nn.Dense(width, dtype=owner.dtype, kernel_init=init, dot_general=product, name=name)
-
-
-def product(x: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
-  """[... d] x [d e] -> [... e], as `jax.lax.dot_general`, the rest of whose arguments follow.
-
-  A CPU gets one axis of rows: with two the gradient of the kernel is of a transposed copy.
-  """
-  if platform() != "cpu" or x.ndim == 2:
-    return jax.lax.dot_general(x, kernel, *arguments, **options)
-  rows, contracting = x.reshape(-1, x.shape[-1]), (((1,), (0,)), ((), ()))
-  y = jax.lax.dot_general(rows, kernel, contracting, *arguments[1:], **options)
-  return y.reshape(*x.shape[:-1], -1)
 
 
 class Grouped(nn.Module, kw_only=True):

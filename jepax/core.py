@@ -10,7 +10,7 @@ What optax moves is `params`, all else that persists is `carry`: only the method
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import chex
@@ -101,6 +101,14 @@ def ema(old: Params, new: Params, momentum: jax.Array | float) -> Params:
   return jax.tree.map(lambda o, n: o + (1 - momentum) * (n.astype(o.dtype) - o), old, new)
 
 
+def norms(tree: Params) -> dict[str, jax.Array]:
+  """L2 norms, f32[]: of each part ('encoder', 'predictor', ...) and, as 'train', of all."""
+  parts = tree if isinstance(tree, Mapping) else {}
+  found = {part: optax.tree.norm(leaves) for part, leaves in parts.items()}
+  whole = optax.tree.norm(found if found else tree)
+  return {part: norm.astype(jnp.float32) for part, norm in {**found, "train": whole}.items()}
+
+
 def init_state(
   method: Method, tx: optax.GradientTransformation, key: jax.Array, batch: Batch
 ) -> TrainState:
@@ -150,24 +158,24 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     batch = {**batch, "sample": jnp.arange(_batch_size(batch), dtype=jnp.int32)}
     loss, grads, out = _gradients(value_and_grad, state, batch, key, accumulate)
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    grad_norms = norms(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norms["train"])
 
     def move():
       updates, opt_state = tx.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
       carry = method.update(params, out.carry, state.step)
-      return params, carry, opt_state, optax.tree.norm(updates).astype(jnp.float32)
+      return params, carry, opt_state, norms(updates)
 
-    kept = (state.params, state.carry, state.opt_state, jnp.zeros(()))
-    params, carry, opt_state, update_norm = _choose(finite, move, kept)
+    still = jax.tree.map(jnp.zeros_like, grad_norms)
+    kept = (state.params, state.carry, state.opt_state, still)
+    params, carry, opt_state, update_norms = _choose(finite, move, kept)
     skipped = jnp.stack([(state.skipped[0] + 1) * ~finite, state.skipped[1] + ~finite])
+    measured = {"grad": grad_norms, "param": norms(params), "update": update_norms}
     metrics = {
       **out.metrics,
       "train/loss": loss,
-      "train/grad_norm": grad_norm,
-      "train/param_norm": optax.tree.norm(params),
-      "train/update_norm": update_norm,
+      **{f"{part}/{of}_norm": x for of, found in measured.items() for part, x in found.items()},
       "train/skipped_in_a_row": skipped[0],
       "train/skipped": skipped[1],
     }

@@ -309,9 +309,10 @@ class Trainer:
     for name, numbers in self.experiment.distances(state).items() if step else ():
       found[name] |= numbers
     count = len(self.probe.queries["image"])
-    for text in summary.alarms(found, control=self.memory.control, count=count):
+    alarms = summary.alarms(found, control=self.memory.control, count=count)
+    for text in alarms:
       self.progress.message(f"ALARM at step {step}: {text}")
-    row = flatten(found)
+    row = {**flatten(found), "collapse/alarms": len(alarms)}
     self.writer.write(step, row)
     self.progress.update(step, row)
     return found

@@ -223,7 +223,7 @@ def _fits() -> Iterator[None]:
       raise
     raise ValueError(
       f"the training step does not fit the device: {' '.join(str(error).split())[:300]} ... Raise "
-      "mesh.fsdp or accumulate, set method.encoder.remat, or lower batch_size."
+      "mesh.fsdp or accumulate, set method.encoder.remat (of a ViT), or lower batch_size."
     ) from error
 
 

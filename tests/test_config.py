@@ -379,6 +379,7 @@ def test_build_method(name):
     ({"encoder": dict(tiny.ENCODER, width=18)}, "^method.encoder: width=18: .*multiple of 4"),
     ({"encoder": dict(tiny.ENCODER, registers=2)}, "^method.encoder.registers is decided by"),
     ({"encoder": dict(tiny.ENCODER, drop_path=0.1)}, "^method.encoder.drop_path is decided by"),
+    ({"predictor": dict(width=16, depth=1, drop_path=0.1)}, "predictor.drop_path is decided by"),
     (
       {"encoder": dict(tiny.ENCODER, scan="yes")},
       "^method.encoder.scan: found 'yes', expected bool",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from jepax import losses
 from jepax.evals.maps import attention_maps, rollout
 from jepax.evals.predictor import retrieval
 from jepax.models.vit import ViT, sincos2d
@@ -104,3 +105,16 @@ def test_retrieval(tokens):
   assert found["place_chance"] == 1 / full.shape[1] and found["image_chance"] == 1 / 6
   with pytest.raises(ValueError, match="at least 2"):
     retrieval(method, params, carry, images[:1], jax.random.key(1))
+
+
+def test_retrieval_looks_for_what_the_predictor_was_trained_on(monkeypatch):
+  monkeypatch.setitem(losses.TARGET_NORMS, "none", jnp.negative)
+  method = dataclasses.replace(tiny.experiment("ijepa").method, target_norm="none")
+  images = np.random.default_rng(3).integers(0, 256, (6, tiny.SIZE, tiny.SIZE, 1), np.uint8)
+  params, carry = jax.jit(method.init)(jax.random.key(0), {"image": images})
+  full = method.encoder.apply({"params": carry["target"]}, method.views.clean(images))
+  method = dataclasses.replace(method, predictor=Oracle("own"))
+  found = retrieval(
+    method, {**params, "predictor": {"full": -full}}, carry, images, jax.random.key(1)
+  )
+  assert found["place"] == 1 and found["image"] == 1

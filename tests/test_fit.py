@@ -50,9 +50,12 @@ def test_history(finished):
   assert [row["step"] for row in rows if "knn/target" in row] == [5]
   assert [row["step"] for row in rows if "knn/random_init" in row] == [0]
   assert any(0 < row.get("collapse/target_ema_distance", 0) < 1 for row in rows)
+  assert {row["collapse/alarms"] for row in rows if "knn/target" in row} == {0}
   last = rows[-1]
   for name in ("schedule/momentum", "schedule/learning_rate", "input/wait", "mask/context_tokens"):
     assert np.isfinite(last[name])
+  for name in ("encoder/grad_norm", "predictor/param_norm", "predictor/update_norm"):
+    assert 0 < last[name] < last[f"train/{name.partition('/')[2]}"]
 
 
 def test_report(finished):

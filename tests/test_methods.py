@@ -201,17 +201,33 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(name, chosen_as_
       return loss * jnp.where(step == 1, jnp.nan, 1.0), out
 
   step = jax.jit(make_train_step(Poisoned(), tx))
-  first, _ = step(state, batch)
+  first, metrics = step(state, batch)
+  check_norms(metrics, state.params, first.params)
   second, metrics = step(first, batch)
   for part in ("params", "carry", "opt_state"):
     chex.assert_trees_all_equal(getattr(second, part), getattr(first, part))
   assert second.skipped.tolist() == [1, 1] and int(second.step) == 2
   assert metrics["train/skipped_in_a_row"] == 1
+  assert metrics["train/update_norm"] == 0 and metrics["train/param_norm"] > 0
   third, _ = step(second, batch)
   assert third.skipped.tolist() == [0, 1]
   moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), third.params, second.params)
   assert any(jax.tree.leaves(moved))
   assert traces == 1
+
+
+def check_norms(metrics, old, new):
+  """Those of each part of the parameters and of all, after a step from old to new."""
+  squares = {"param": 0.0, "update": 0.0, "grad": 0.0}
+  for part in new:
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(p[part])]) for p in (old, new))
+    assert float(metrics[f"{part}/param_norm"]) == pytest.approx(np.linalg.norm(b), rel=1e-5)
+    moved = np.linalg.norm(np.float64(b) - a)
+    assert float(metrics[f"{part}/update_norm"]) == pytest.approx(moved, rel=1e-3)
+    for of in squares:
+      squares[of] += float(metrics[f"{part}/{of}_norm"]) ** 2
+  for of, square in squares.items():
+    assert float(metrics[f"train/{of}_norm"]) == pytest.approx(square**0.5, rel=1e-5)
 
 
 def test_encode_is_deterministic_and_shaped(name, one_device):

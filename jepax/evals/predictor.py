@@ -53,7 +53,8 @@ def retrieval(
 def _retrieve(method: JEPA, params, carry, images, key):
   x = method.views.clean(images)
   masks = method.draw_masks(key, {"image": images})
-  target = losses.layer_norm(method.encoder.apply({"params": carry["target"]}, x))  # [b n d]
+  target = method.encoder.apply({"params": carry["target"]}, x)
+  target = losses.TARGET_NORMS[method.target_norm](target)  # [b n d]
   context = method.encoder.apply({"params": params["encoder"]}, x, masks.context)
   prediction = method.predictor.apply(
     {"params": params["predictor"]}, context, masks.context, masks.targets, grid=method.grid

@@ -63,6 +63,7 @@ def build(
       {"heads": network.heads, **predictor},
       where="method.predictor",
       dtype=run.dtype,
+      drop_path=0.0,
     ),
     masks=construct(MultiBlock, masks, where="method.masks", grid=grid),
     views=construct(Augment, views, where="method.views", mean=run.mean, std=run.std),

@@ -150,6 +150,7 @@ def build(
       decoder,
       where="method.decoder",
       dtype=run.dtype,
+      drop_path=0.0,
       out=network.patch**2 * run.channels,
     ),
     masks=Random(tokens=grid[0] * grid[1], ratio=mask_ratio),

@@ -53,7 +53,7 @@ class Findings:
   compile_seconds, step_seconds, probe_seconds: of the training step's compilation, of the second
     of two steps, and of encoding the probe's images once with one encoder.
   input_seconds: for one batch with the configured threads, as if they ran on cores of their own.
-  loss: of the second step.
+  metrics: of the second step.
   moved: 'parameters', 'BRANCH encoder', 'optimizer' -> (leaves that two steps changed, leaves).
   """
 
@@ -70,7 +70,7 @@ class Findings:
   step_seconds: float
   input_seconds: float
   probe_seconds: float
-  loss: float
+  metrics: dict[str, float]
   moved: dict[str, tuple[int, int]]
 
   @property
@@ -126,7 +126,7 @@ def run(config: ConfigDict, workdir: str | Path, *, data: Data | None = None) ->
     step_seconds=step_seconds,
     input_seconds=input_seconds,
     probe_seconds=encode_probe(experiment, state, probe),
-    loss=float(metrics["train/loss"]),
+    metrics=fit.scalars(metrics),
     moved=moved,
   )
 
@@ -340,7 +340,8 @@ def _table(found: Findings) -> dict[str, str]:
     "memory": f"of a step on a device: {memory or 'not told by this backend'}{of}",
     "compile": f"{found.compile_seconds:.1f} s",
     "step": f"{found.step_seconds:.3g} s, {config.batch_size / found.step_seconds:,.0f} images/s, "
-    f"loss {found.loss:.4g}",
+    f"loss {found.metrics['train/loss']:.4g}",
+    "metrics": ", ".join(f"{name} {value:.3g}" for name, value in sorted(found.metrics.items())),
     "input": f"{found.input_seconds:.3g} s a batch, {found.input_share:.0%} of a step"
     + " (training would wait)" * (found.input_share > 1),
     "probe": f"{found.probe_seconds:.3g} s to encode once with one of "

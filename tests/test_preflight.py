@@ -76,7 +76,7 @@ def test_what_is_found(found):
   assert found.state_bytes["parameters"] < 4 * found.parameters  # split over fsdp
   assert found.step_memory["arguments"] >= sum(found.state_bytes.values())
   assert found.step_memory["temporaries"] > 0
-  assert np.isfinite(found.loss) and found.loss > 0
+  assert np.isfinite(found.metrics["train/loss"]) and found.metrics["train/loss"] > 0
 
 
 def test_what_moved(found):
@@ -116,6 +116,8 @@ def test_the_table(found, capsys):
   assert "2 GB a device: parameters 2 GB, carry 0 B" in rows["state"]
   assert "a device has 16 GB" in rows["memory"]
   assert "0.5 s, 32 images/s" in rows["step"]
+  assert f"encoder/grad_norm {found.metrics['encoder/grad_norm']:.3g}, " in rows["metrics"]
+  assert "mask/context_tokens " in rows["metrics"]
   assert "150% of a step (training would wait)" in rows["input"]
   assert "goes on from step 5" in rows["workdir"]
   assert "3.8 seconds" in rows["estimate"]

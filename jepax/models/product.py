@@ -10,7 +10,10 @@ from jepax.sharding import platform
 
 
 def product(x: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
-  """[... d] x [d e] -> [... e], as `jax.lax.dot_general`, the rest of whose arguments follow."""
+  """[... d] x [d e] -> [... e], as `jax.lax.dot_general`, the rest of whose arguments follow.
+
+  What they say of precision a CPU does not heed: it multiplies in the precision of x and kernel.
+  """
   if platform() != "cpu":
     return jax.lax.dot_general(x, kernel, *arguments, **options)
   return _product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)

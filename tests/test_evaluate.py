@@ -18,6 +18,7 @@ from jepax import config as config_lib
 from jepax import evaluate as main
 from jepax.convert import source as convert
 from jepax.convert.weights import Weights, flatten
+from jepax.data import scenes
 from jepax.data.build import Data
 from jepax.evals import collapse, knn, material, scene_protocols, suite
 from jepax.evals.protocols import KNN, Attentive, FineTune, Geometry, Grid, Logistic, Views
@@ -147,10 +148,25 @@ def test_protocols_that_train_on_tokens_and_images(encoder, data):
   assert encoder.sha256() == before
 
 
+def tell_counts(counting):
+  """`scenes.counting`, with a bar below the images whose place says how many shapes there are."""
+
+  def told(n, *, seed):
+    found = counting(n, seed=seed)
+    image = found.image.copy()
+    image[:, 48:] = 0
+    for row, count in zip(image, found.count, strict=True):
+      row[48:, 8 * (count - 1) : 8 * count] = 255
+    return dataclasses.replace(found, image=image)
+
+  return told
+
+
 def test_scenes(encoder, data, monkeypatch):
   """Answers meet their images through the scene's number, whatever order they are read in."""
   monkeypatch.setattr(scene_protocols, "TRAIN", 96)
   monkeypatch.setattr(scene_protocols, "TEST", 48)
+  monkeypatch.setattr(scenes, "counting", tell_counts(scenes.counting))
   scene_protocols.rendered.cache_clear()
   protocols = {
     "counting": SceneClasses(answer="count"),
@@ -159,8 +175,10 @@ def test_scenes(encoder, data, monkeypatch):
   }
   found = suite.evaluate([encoder], data, protocols, batch_size=32)
   scene_protocols.rendered.cache_clear()
+  counting = {k: v["accuracy"]["mean"] for k, v in found["counting"]["scores"].items()}
+  assert counting["pixels"] > 0.9, "the counts were written on the images"
+  assert counting["target"] > 2 / 8
   for subject in ("target", "pixels"):
-    assert 0 <= found["counting"]["scores"][subject]["accuracy"]["mean"] <= 1
     assert 0 < found["segmentation"]["scores"][subject]["miou"]["mean"] <= 1
   # The ground lies below, the wall above: an encoder with positions beats a constant easily, if
   # maps and images belong together. A patch of pixels does not know where it is.

@@ -54,6 +54,7 @@ def base() -> ConfigDict:
       embed_scale=1.0,  # further factor on the rate of the patch embedding
       bias_scale=1.0,  # factor on the rate of biases and norms
       freeze="0 steps",  # how long the prototypes of heads don't move at the start
+      frozen="",  # parameters that never move: 'encoder/embed', or several with commas between
     )
   )
   # data=-1: all devices the others leave; cpu_devices: what a CPU's cores are, 0 for a good number.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -137,6 +137,48 @@ def frozen_until(step: int, *, name: str) -> optax.GradientTransformation:
   return optax.masked(optax.scale_by_schedule(lambda count: jnp.where(count < step, 0, 1)), marked)
 
 
+def frozen(paths: Iterable[str]) -> optax.GradientTransformation:
+  """No update, ever, of the parameters below these paths ('encoder', 'encoder/transformer/block0').
+
+  The last of a chain: weight decay stops there, too.
+
+  Raises:
+    ValueError: at the first use, a path that the parameters don't have, or all of them frozen.
+  """
+  paths = [path.strip(" /") for path in paths]
+
+  def below(name, path):
+    return f"{name}/".startswith(f"{path}/")
+
+  def check(names):
+    for path in paths:
+      at = path
+      while at and not any(below(name, at) for name in names):
+        at = at.rpartition("/")[0]
+      if at != path or not path:  # what there is instead, on the level that it leaves the tree at
+        depth = 1 + len(at.split("/")) if at else 1
+        there = [name for name in names if not at or below(name, at)]
+        there = dict.fromkeys("/".join(name.split("/")[:depth]) for name in there)
+        one_of(path, there, where="optim.frozen")
+    if all(any(below(name, path) for path in paths) for name in names):
+      raise ValueError(f"optim.frozen={','.join(paths)!r} leaves no parameter to train")
+
+  def update(updates, params):
+    del params
+    named = {
+      "/".join(key.key for key in path): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    check(named)
+    leaves = [
+      jnp.zeros_like(leaf) if any(below(name, path) for path in paths) else leaf
+      for name, leaf in named.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(updates), leaves)
+
+  return optax.stateless(update)
+
+
 def trust_ratio(coefficient: float = 1e-3) -> optax.GradientTransformation:
   """LARS: each update gets `coefficient` times the norm of its parameter.
 
@@ -207,6 +249,8 @@ def build(section: ConfigDict, *, steps: int, warmup: int, freeze: int = 0) -> O
     chain.append(scale_biases(section.bias_scale))
   if freeze:
     chain.append(frozen_until(freeze, name="prototypes"))
+  if section.frozen:
+    chain.append(frozen(section.frozen.split(",")))
   return Optimizer(optax.chain(*chain), schedules)
 
 

@@ -309,6 +309,38 @@ def test_layer_decay_embed_scale_and_freeze_reach_the_update(scan):
     assert moved == (k >= 2) and np.any(move["['dino_head']['dense0']['kernel']"])
 
 
+def test_frozen_parameters_never_move():
+  c = section(frozen="encoder/transformer/block1, dino_head/prototypes/kernel")
+  tx, tree = optim.build(c, steps=9, warmup=0).tx, encoder_params(scan=False)
+  updates, _ = jax.jit(tx.update)(tree, tx.init(tree), tree)
+  still = {path for path, x in flat(updates).items() if not x.any()}
+  under = "['encoder']['transformer']['block1']"
+  wanted = {path for path in flat(tree) if path.startswith(under)}
+  assert wanted and still == {*wanted, "['dino_head']['prototypes']['kernel']"}
+
+
+@pytest.mark.parametrize(
+  ("paths", "message"),
+  [
+    (
+      "encodr",
+      r"frozen='encodr' is unknown; did you mean 'encoder'.*\['dino_head', 'encoder'",
+    ),
+    (
+      "dino_head, encoder/embd",
+      r"mean 'encoder/embed'.*allowed: \['encoder/class_token', 'e",
+    ),
+    ("encoder/norm/scale/x", r"allowed: \['encoder/norm/scale'\]"),
+    ("encoder,dino_head", "'encoder,dino_head' leaves no parameter to train"),
+    (",", "optim.frozen='' is unknown"),
+  ],
+)
+def test_frozen_paths_that_cannot_be(paths, message):
+  tx, tree = optim.build(section(frozen=paths), steps=9, warmup=0).tx, encoder_params(scan=False)
+  with pytest.raises(ValueError, match=message):
+    tx.update(tree, tx.init(tree), tree)
+
+
 def test_clip_parts_clips_each_part_on_its_own():
   updates = {"a": {"x": jnp.asarray([3.0, 4.0])}, "b": {"x": jnp.asarray([0.3]), "y": jnp.zeros(2)}}
   found, _ = optim.clip_parts(0.5).update(updates, optim.clip_parts(0.5).init(updates))

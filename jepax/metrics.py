@@ -284,7 +284,8 @@ class Progress:
       self._print(text)
 
   def _print(self, text: str) -> None:
-    self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    whole = not self._console.is_terminal  # a log keeps a message on one line, a screen breaks it
+    self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=whole)
 
   def _text(self) -> str:
     numbers = [s.format.format(float(self._latest[s.metric])) for s in self._shown_now()]

@@ -194,6 +194,17 @@ def test_progress_on_a_terminal_is_one_line_of_its_width(monkeypatch):
   assert "━" in last and len(last) <= 100
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_long_messages_break_between_words_and_on_a_screen_alone(monkeypatch, terminal):
+  monkeypatch.setenv("TERM", "xterm")
+  console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None, width=30)
+  text = "probes say that features have collapsed"
+  with Progress(100, start_step=10, console=console) as progress:
+    progress.message(text)
+  assert ("probes say that features have\ncollapsed\n" in console.file.getvalue()) == terminal
+  assert (f"{text}\n" in console.file.getvalue()) != terminal
+
+
 def test_step_timer_counts_waits_and_leaves_out_pauses():
   clock = Clock()
   timer = StepTimer(32, start_step=5, clock=clock)

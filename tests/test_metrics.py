@@ -201,7 +201,7 @@ def test_long_messages_break_between_words_and_on_a_screen_alone(monkeypatch, te
   text = "probes say that features have collapsed"
   with Progress(100, start_step=10, console=console) as progress:
     progress.message(text)
-  assert ("probes say that features have\ncollapsed\n" in console.file.getvalue()) == terminal
+  assert ("probes say that features have \ncollapsed\n" in console.file.getvalue()) == terminal
   assert (f"{text}\n" in console.file.getvalue()) != terminal
 
 

@@ -106,6 +106,7 @@ def _lede(probes: Mapping[str, Mapping[str, float]]) -> str:
   beside = [
     f"{scores[control]:.1%} {words}"
     for control, words in (
+      ("start", "for the weights it started from"),
       ("random_init", "for the same network at random initialisation"),
       ("pixels", "for raw pixels"),
     )

@@ -73,7 +73,7 @@ def read_start(experiment: Experiment, workdir: Path) -> Start | None:
   init = experiment.config.init
   if not init.weights or finished_steps(workdir / "checkpoints"):
     return None
-  weights = source.read(init.weights)
+  weights = source.read(str(init.weights))
   if init.branch:
     one_of(init.branch, weights.branches, where="init.branch")
   where = f"init.weights={init.weights!r}"

@@ -57,8 +57,8 @@ def base() -> ConfigDict:
     )
   )
   # Weights to start from: whatever jepax.pretrained.load reads; '' for random initialisation.
-  # branch: which set of theirs, '' for a method's each from that of its name, or their default.
-  # positions: to another grid, 'interpolate' or 'recompute'.
+  # branch: which set of theirs, '' for each of the method's from its namesake, else their first.
+  # positions: how theirs come to another grid of patches, 'interpolate' or 'recompute'.
   config.init = ConfigDict(dict(weights="", branch="", positions=""))
   # data=-1: all devices the others leave; cpu_devices: what a CPU's cores are, 0 for a good number.
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, cpu_devices=0))

@@ -112,7 +112,8 @@ def _lede(probes: Mapping[str, Mapping[str, float]]) -> str:
     )
     if control in scores and control != first
   ]
-  return f'<p class="lede">{text}{", against " + " and ".join(beside) if beside else ""}.</p>'
+  last = f" and {beside.pop()}" if len(beside) > 1 else ""
+  return f'<p class="lede">{text}{", against " + ", ".join(beside) if beside else ""}{last}.</p>'
 
 
 def _alarms(alarms: Sequence[str]) -> str:

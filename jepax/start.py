@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ def _check_encoder(theirs: nn.Module, own: nn.Module, *, where: str) -> None:
     values = {name: _setting(theirs, name) for name in differ}
     shown = [f"{n}={x!r} (here {_setting(own, n)!r})" for n, x in list(values.items())[:SHOWN]]
     more = f" and {len(differ) - SHOWN} more" * (len(differ) > SHOWN)
-    keys = " ".join(f"--config.method.encoder.{n}={x}" for n, x in values.items())
+    keys = shlex.join(f"--config.method.encoder.{n}={x}" for n, x in values.items())
     raise ValueError(
       f"{where} does not fit the run's encoder: it has {', '.join(shown)}{more}. Choose other "
       f"weights, or set, where the method leaves it open, {keys}"

@@ -253,6 +253,7 @@ MISFITS = [
   ("ijepa", dict(method__encoder__heads=4), {}, r"heads=2 \(here 4\)"),
   ("mae", {}, {}, r"class_token=False \(here True\)"),
   ("data2vec2", {}, {}, r"norms='pre' \(here 'post'\)"),
+  ("ijepa", dict(method__encoder__norm_epsilon=1e-5), {}, r"norm_epsilon=1e-06 \(here 1e-05\)"),
   ("simclr", dict(method__encoder=RESNET), {}, r"a ViT, and the run's encoder is a ResNet: set"),
   ("ijepa", {}, dict(data=coloured()), r"1 channel\(s\), and data.channels=3: set --config.data"),
   (
@@ -363,6 +364,7 @@ def test_training_begins_with_the_weights(run, eight, finished):
   fresh = jax.device_get(eight.initial_state())
   for name in ("step", "opt_state", "key", "skipped"):
     assert not changed(getattr(fresh, name), getattr(first, name))
+  assert eight.train_step.__wrapped__._cache_size() == 1  # what was put in needs no second trace
 
 
 def test_the_control_is_random_and_the_start_beside_it(run, eight, finished):

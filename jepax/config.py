@@ -57,6 +57,10 @@ def base() -> ConfigDict:
       frozen="",  # parameters that never move: 'encoder/embed', or several with commas between
     )
   )
+  # Weights to start from: whatever jepax.pretrained.load reads; '' for random initialisation.
+  # branch: which set of theirs, '' for each of the method's from its namesake, else their first.
+  # positions: how theirs come to another grid of patches, 'interpolate' or 'recompute'.
+  config.init = ConfigDict(dict(weights="", branch="", positions=""))
   # data=-1: all devices the others leave; cpu_devices: what a CPU's cores are, 0 for a good number.
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, cpu_devices=0))
   config.checkpoint = ConfigDict(dict(every="10%", keep=2))

@@ -65,7 +65,7 @@ class Experiment:
     )
 
   def initial_state(self) -> TrainState:
-    """The state of step 0, a function of config.seed alone."""
+    """The state of step 0 at random initialisation, a function of config.seed alone."""
     return self.init(jax.random.key(self.config.seed))
 
   def encoders(self, state: TrainState) -> dict[str, Callable[[np.ndarray], Features]]:
@@ -108,6 +108,7 @@ def prepare(
   """
   config_lib.check_keys(config)
   _check_numbers(config)
+  _check_init(config.init)
   config_lib.one_of(config.precision, config_lib.PRECISIONS, where="precision")
   mesh = mesh or sharding.make_mesh(
     data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
@@ -208,6 +209,14 @@ def _check_numbers(config: ConfigDict) -> None:
       raise ValueError(
         f"eval.{key}={config.eval[key]} must be at least 2: collapse is seen across images"
       )
+
+
+def _check_init(init: ConfigDict) -> None:
+  """What can be said of the weights to start from without reading them (`jepax.start`)."""
+  config_lib.one_of(init.positions, ("", "interpolate", "recompute"), where="init.positions")
+  idle = [f"init.{key}={init[key]!r}" for key in ("branch", "positions") if init[key]]
+  if idle and not init.weights:
+    raise ValueError(f"{' and '.join(idle)} need weights to start from: set init.weights")
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:

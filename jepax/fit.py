@@ -30,6 +30,7 @@ from jepax.experiment import Experiment, prepare
 from jepax.lock import local_path, lock
 from jepax.metrics import SHOWN, Progress, Shown, Writer, check_wandb
 from jepax.pretrained import Preprocess
+from jepax.start import Start, read_start
 from jepax.timing import StepTimer
 from jepax.versions import code_version
 
@@ -54,6 +55,7 @@ class Memory:
 
   position: the next global batch. seconds: of training so far, probes and saves left out.
   control: collapse numbers of the encoder at random initialisation, what alarms compare with.
+  start: of weights that the run started from, what `summary.probe_start` found.
   best, best_step, waited: of early stopping: the best value, its step, and probes since.
   stopped_by: the rule that ended the run early, config.stop.
   """
@@ -61,6 +63,7 @@ class Memory:
   position: int = 0
   seconds: float = 0.0
   control: dict[str, float] | None = None
+  start: dict[str, Any] | None = None
   best: float | None = None
   best_step: int | None = None
   waited: int = 0
@@ -94,18 +97,25 @@ def run(
   probe = summary.make_probe(experiment, final=False)
   check_stop(experiment, probe)
   check_wandb(config.log.wandb)
+  start = read_start(experiment, workdir)
   with contextlib.ExitStack() as stack:
     claim(workdir, experiment, stack)
     stack.enter_context(peers.watch(functools.partial(end_without, workdir=workdir)))
     stack.enter_context(under_way())
-    state, memory, status = train(experiment, probe, workdir)
+    state, memory, status = train(experiment, probe, workdir, start=start)
     if status == "preempted":
       return {"train": {"status": status, "steps": memory.position}}
     if jax.process_index() == 0:
       print("final probes and report ...", flush=True)
     command = command or f"jepax.fit.run(config, {str(workdir)!r})"
     return summary.finish(
-      experiment, state, workdir, status=status, seconds=memory.seconds, command=command
+      experiment,
+      state,
+      workdir,
+      status=status,
+      seconds=memory.seconds,
+      command=command,
+      start=memory.start,
     )
 
 
@@ -167,7 +177,9 @@ def check_stop(experiment: Experiment, probe: Probe) -> None:
     raise ValueError("stop.metric is watched at the probes: set eval.every, for example '10%'")
 
 
-def train(experiment: Experiment, probe: Probe, workdir: Path) -> tuple[TrainState, Memory, str]:
+def train(
+  experiment: Experiment, probe: Probe, workdir: Path, *, start: Start | None
+) -> tuple[TrainState, Memory, str]:
   """Goes on from the last checkpoint; returns the state to evaluate, the memory and the status."""
   with contextlib.ExitStack() as stack:
     every, keep = (
@@ -182,7 +194,8 @@ def train(experiment: Experiment, probe: Probe, workdir: Path) -> tuple[TrainSta
     if memory.stopped_by == experiment.config.stop.to_dict():
       status = "stopped"  # and then killed before its report was there
     else:
-      state, status = Trainer(experiment, probe, saved, best, memory, workdir).train(state)
+      trainer = Trainer(experiment, probe, saved, best, memory, workdir, start)
+      state, status = trainer.train(state)
     preempted = status == "preempted"
     if best is not None and not preempted and memory.best_step not in (None, memory.position):
       state, _ = best.restore(experiment.abstract_state, step=memory.best_step)
@@ -191,7 +204,7 @@ def train(experiment: Experiment, probe: Probe, workdir: Path) -> tuple[TrainSta
 
 
 def restore(experiment: Experiment, saved: Checkpoints) -> tuple[TrainState, Memory]:
-  """The newest saved state and its memory, or a fresh state."""
+  """The newest saved state and its memory, or a fresh state at random initialisation."""
   if saved.latest() is None:
     return experiment.initial_state(), Memory()
   state, meta = saved.restore(experiment.abstract_state)
@@ -210,6 +223,7 @@ class Trainer:
   best: Checkpoints | None
   memory: Memory
   workdir: Path
+  start: Start | None = None
 
   def train(self, state: TrainState) -> tuple[TrainState, str]:
     """Runs to the end, to an early stop or to a signal; returns the state and which of them."""
@@ -233,6 +247,8 @@ class Trainer:
       if start == 0:
         self.progress.message("probes at random initialisation, and compiling ...")
         self.memory.control = self.run_probe(state, 0, {"random_init": first})["random_init"]
+        if self.start is not None:
+          state = self.begin(state, self.start)
       else:
         self.progress.message(f"going on from step {start} of {total}")
       self.timer = StepTimer(run.config.batch_size, start_step=start)
@@ -260,6 +276,15 @@ class Trainer:
         if status != "running":
           return state, status
     return state, "finished"
+
+  def begin(self, state: TrainState, start: Start) -> TrainState:
+    """The state with the weights to start from, which are probed as they are."""
+    self.progress.message(f"starting from {start.text}")
+    first = self.experiment.method.branches[0]
+    state = start.into(state)
+    self.run_probe(state, 0, {"start": first})
+    self.memory.start = summary.probe_start(self.experiment, state, origin=start.origin)
+    return state
 
   def between(self, step: int, state: TrainState, metrics: dict, loader: Loader) -> str:
     """Logs and probes where they are due; returns 'running', 'stopped' or 'finished'."""

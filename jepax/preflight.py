@@ -34,6 +34,7 @@ from jepax.experiment import Experiment, prepare
 from jepax.lock import local_path, lock
 from jepax.metrics import check_wandb, history_until
 from jepax.models.encoder import split
+from jepax.start import Start, read_start
 
 _PARTS = {"parameters": "params", "carry": "carry", "optimizer": "opt_state"}
 _MEMORY = {"arguments": "argument", "temporaries": "temp", "results": "output", "aliased": "alias"}
@@ -54,6 +55,7 @@ class Findings:
     of two steps, and of encoding the probe's images once with one encoder.
   input_seconds: for one batch with the configured threads, as if they ran on cores of their own.
   metrics: of the second step.
+  start: which weights the run starts from; '' for random ones, or where it goes on.
   moved: 'parameters', 'BRANCH encoder', 'optimizer' -> (leaves that two steps changed, leaves).
   """
 
@@ -71,6 +73,7 @@ class Findings:
   input_seconds: float
   probe_seconds: float
   metrics: dict[str, float]
+  start: str
   moved: dict[str, tuple[int, int]]
 
   @property
@@ -104,10 +107,11 @@ def run(config: ConfigDict, workdir: str | Path, *, data: Data | None = None) ->
   probe = summary.make_probe(experiment, final=False)
   fit.check_stop(experiment, probe)
   check_wandb(config.log.wandb)
+  start = read_start(experiment, workdir)
   checkpoint_bytes = sum(map(_bytes, jax.tree.leaves(experiment.abstract_state)))
   free = look_at(experiment, workdir, checkpoint_bytes)
   # 2. The state, new or saved, and one batch.
-  state, position = restore(experiment, workdir)
+  state, position = restore(experiment, workdir, start=start)
   batch, input_seconds = read_batch(experiment, min(position, experiment.steps - 1))
   # 3. Two steps and a batch of the probe.
   step, compile_seconds, memory = compile_step(experiment, state, batch)
@@ -127,6 +131,7 @@ def run(config: ConfigDict, workdir: str | Path, *, data: Data | None = None) ->
     input_seconds=input_seconds,
     probe_seconds=encode_probe(experiment, state, probe),
     metrics=fit.scalars(metrics),
+    start="" if start is None else start.text,
     moved=moved,
   )
 
@@ -168,8 +173,12 @@ def look_at(experiment: Experiment, workdir: Path, checkpoint_bytes: int) -> int
   return free
 
 
-def restore(experiment: Experiment, workdir: Path) -> tuple[TrainState, int]:
+def restore(
+  experiment: Experiment, workdir: Path, *, start: Start | None = None
+) -> tuple[TrainState, int]:
   """The state to try, and the step that the run would go on from."""
+  if start is not None:
+    return start.into(experiment.initial_state()), 0
   if not (workdir / "checkpoints").is_dir():
     return experiment.initial_state(), 0
   with Checkpoints(workdir / "checkpoints") as saved:
@@ -333,6 +342,7 @@ def _table(found: Findings) -> dict[str, str]:
   moved = ", ".join(f"{name} {count} of {all_}" for name, (count, all_) in found.moved.items())
   return {
     "method": f"{config.method.name}, {found.parameters:,} parameters, {config.precision}",
+    "start": found.start or _no_start(found),
     "devices": f"{devices}, {jax.process_count()} process(es)",
     "run": f"{experiment.steps:,} steps of {config.batch_size:,} images, {epochs:,.1f} epochs of "
     f"{images:,}, {config.accumulate} micro-batch(es) a step",
@@ -352,6 +362,13 @@ def _table(found: Findings) -> dict[str, str]:
     f"{_size(found.free_bytes)} free",
     "estimate": f"{_time(found.train_seconds)} of training, without probes and saves",
   }
+
+
+def _no_start(found: Findings) -> str:
+  """Why no weights were read."""
+  if found.experiment.config.init.weights:
+    return "init.weights is not read: the workdir has a checkpoint to go on from"
+  return "random initialisation" if not found.position else "the workdir's checkpoint"
 
 
 def _status(found: Findings) -> str:

@@ -27,6 +27,7 @@ MAP_POINTS = 2000  # dots in the embedding map
 SHOWN_IMAGES = 8
 NEIGHBOURS = 8
 RETRIEVED = 64  # images among which predictions are looked up
+CONTROLS = ("start", "random_init")  # encoders that training has not touched
 
 
 def make_probe(experiment: Experiment, *, final: bool) -> Probe:
@@ -64,9 +65,28 @@ def alarms(
   texts = [
     collapse.alarm(branch, numbers, dim=numbers["dim"], count=count, control=control)
     for branch, numbers in found.items()
-    if branch != "random_init"
+    if branch not in CONTROLS
   ]
   return [text for text in texts if text]
+
+
+def probe_start(experiment: Experiment, state: TrainState, *, origin: str) -> dict[str, Any]:
+  """The final probes of the weights that a run starts from, as JSON: they may be gone at its end.
+
+  Args:
+    experiment: the run.
+    state: of step 0, with those weights.
+    origin: where they come from, in words.
+  """
+  encode = experiment.encoders(state)[experiment.method.branches[0]]
+  numbers = make_probe(experiment, final=True)({"start": encode})["start"]
+  return {"origin": origin, "numbers": numbers, "settings": _settings(experiment)}
+
+
+def _settings(experiment: Experiment) -> list[Any]:
+  """What the final probes depend on and may change within a run."""
+  c = experiment.config
+  return [c.eval.final_bank, c.eval.final_queries, c.data.label]
 
 
 def finish(
@@ -77,6 +97,7 @@ def finish(
   status: str,
   seconds: float,
   command: str,
+  start: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """The final probes; writes results.json and report.html.
 
@@ -87,11 +108,12 @@ def finish(
     status: 'finished' or 'stopped'.
     seconds: of training.
     command: what reproduces the run.
+    start: what `probe_start` found, of a run that started from weights.
 
   Returns:
     The content of results.json, on the first process: accuracies are fractions of 1, by probe and
     then by encoder
-    ('target', 'online', 'random_init', 'pixels').
+    ('target', 'online', 'start' of a run that started from weights, 'random_init', 'pixels').
   """
   probe = make_probe(experiment, final=True)
   encoders = experiment.encoders(state)
@@ -103,6 +125,8 @@ def finish(
     name: {**probe.scores(*both), **collapse.numbers(both[1]), "dim": both[1].shape[1]}
     for name, both in features.items()
   }
+  if start is not None and start["settings"] == _settings(experiment):  # else of other images
+    found["start"], found["random_init"] = start["numbers"], found.pop("random_init")
   for name, numbers in experiment.distances(state).items():
     found[name] |= numbers
   found["pixels"] = probe.scores(pixels(probe.bank["image"]), pixels(probe.queries["image"]))
@@ -119,6 +143,8 @@ def finish(
   results = _results(experiment, workdir, found, status, seconds, count)
   if predictor is not None:
     results["predictor"] = predictor
+  if start is not None:
+    results["train"]["start"] = start["origin"]
   write_json(workdir / "results.json", results)
   page = report.Report(
     title=f"{experiment.config.method.name} on {experiment.data.name}",

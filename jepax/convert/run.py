@@ -12,16 +12,17 @@ from ml_collections import ConfigDict
 
 from jepax import config as config_lib
 from jepax.checkpoint import Checkpoints
-from jepax.convert.weights import Weights, flatten
+from jepax.convert.weights import Part, Weights, flatten
 from jepax.data import build as data_build
-from jepax.models.vit import ViT
+from jepax.models.predictor import Predictor
+from jepax.models.transformer import Stack
 from jepax.pretrained import Preprocess
 
 CHECKPOINTS = "checkpoints"
 
 
 def read(workdir: Path) -> Weights:
-  """Every branch of a run's encoder, in the order of its method's `branches`.
+  """Every branch of a run's encoder, in the order of its method's `branches`; and its predictor.
 
   Reads only, so it is safe while the run goes on.
 
@@ -62,6 +63,7 @@ def read(workdir: Path) -> Weights:
   return Weights(
     module=_unstacked(method.encoder),
     branches=branches,
+    parts=_predictor(method, state["params"]),
     preprocess=preprocess,
     pool=method.pool,
     origin={"path": str(workdir), "format": f"run, step {step}", "sha256": _sha256(branches)},
@@ -69,8 +71,16 @@ def read(workdir: Path) -> Weights:
 
 
 def _unstacked(module: nn.Module) -> nn.Module:
-  """The encoder whose blocks lie as `flatten` leaves them."""
-  return module.clone(scan=False) if isinstance(module, ViT) else module
+  """The network whose blocks lie as `flatten` leaves them."""
+  return module.clone(scan=False) if isinstance(module, Stack) else module
+
+
+def _predictor(method: Any, params: Mapping[str, Any]) -> dict[str, Part]:
+  """The predictor of a JEPA; those of methods that compare views are heads like others."""
+  module = getattr(method, "predictor", None)
+  if not isinstance(module, Predictor):
+    return {}
+  return {"predictor": Part(module=_unstacked(module), params=flatten(params["predictor"]))}
 
 
 def _preprocess(meta: Mapping[str, Any], config: Mapping[str, Any]) -> Preprocess:

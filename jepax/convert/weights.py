@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from jepax.names import one_of
 from jepax.pretrained import Encoder, Preprocess
 
 Grid = tuple[int, int]
+STACKED = "transformer/blocks/"  # where a scanned stack has its blocks, along a first axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,11 +177,24 @@ def _resized(preprocess: Preprocess, size: int) -> Preprocess:
 def flatten(params: Mapping[str, Any]) -> Flat:
   """{'embed': {'kernel': x}} -> {'embed/kernel': x}; stacked blocks become block0, block1, ..."""
   flat = {path: np.asarray(x) for path, x in flatten_dict(params, sep="/").items()}
-  stacked = "transformer/blocks/"
-  out = {path: x for path, x in flat.items() if not path.startswith(stacked)}
+  out = {path: x for path, x in flat.items() if not path.startswith(STACKED)}
   for path in flat.keys() - out.keys():
-    name = path.removeprefix(stacked)
+    name = path.removeprefix(STACKED)
     out |= {f"transformer/block{i}/{name}": x for i, x in enumerate(flat[path])}
+  return dict(sorted(out.items()))
+
+
+def stacked(flat: Flat) -> Flat:
+  """The same with block0, block1, ... along a first axis, as a scanned stack has them."""
+  out, blocks = {}, {}
+  for path, x in flat.items():
+    match = re.fullmatch(r"transformer/block(\d+)/(.+)", path)
+    if match is None:
+      out[path] = x
+    else:
+      blocks.setdefault(match[2], {})[int(match[1])] = x
+  for name, layers in blocks.items():
+    out[STACKED + name] = np.stack([layers[i] for i in range(len(layers))])
   return dict(sorted(out.items()))
 
 

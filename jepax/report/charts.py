@@ -10,12 +10,13 @@ from typing import Any
 from jepax.report import plots
 from jepax.report.parts import key, name_of, section
 
-CONTROLS = ("random_init", "pixels")
+CONTROLS = ("start", "random_init", "pixels")
 COLOURS = {
   "target": "--c0",
   "online": "--c1",
   "random_init": "--c2",
   "pixels": "--c3",
+  "start": "--c5",
   "other": "--c4",
 }
 NOT_PROBES = ("collapse", "train", "predictor")

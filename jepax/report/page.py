@@ -106,12 +106,14 @@ def _lede(probes: Mapping[str, Mapping[str, float]]) -> str:
   beside = [
     f"{scores[control]:.1%} {words}"
     for control, words in (
+      ("start", "for the weights it started from"),
       ("random_init", "for the same network at random initialisation"),
       ("pixels", "for raw pixels"),
     )
     if control in scores and control != first
   ]
-  return f'<p class="lede">{text}{", against " + " and ".join(beside) if beside else ""}.</p>'
+  last = f" and {beside.pop()}" if len(beside) > 1 else ""
+  return f'<p class="lede">{text}{", against " + ", ".join(beside) if beside else ""}{last}.</p>'
 
 
 def _alarms(alarms: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 NAMES = {
   "knn": "k-NN",
   "linear": "linear probe",
+  "start": "start weights",
   "random_init": "random init",
   "pixels": "raw pixels",
 }

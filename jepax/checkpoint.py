@@ -266,7 +266,11 @@ def _some(lines: list[str]) -> str:
 
 
 def diff(
-  saved: Mapping[str, Any], now: Mapping[str, Any], *, ignore: tuple[str, ...] = ()
+  saved: Mapping[str, Any],
+  now: Mapping[str, Any],
+  *,
+  ignore: tuple[str, ...] = (),
+  defaults: Mapping[str, Any] | None = None,
 ) -> list[str]:
   """Where two nested configs differ, as JSON sees them (a tuple equals a list).
 
@@ -274,11 +278,13 @@ def diff(
     saved: the older config.
     now: the newer one.
     ignore: dotted keys to leave out; a key stands for all below it.
+    defaults: what the older one says where it lacks a key of the newer.
 
   Returns:
     Lines such as 'optim.lr: saved 0.001, now 0.002', sorted by key.
   """
   old, new = _flatten(saved), _flatten(now)
+  old = {key: value for key, value in _flatten(defaults or {}).items() if key in new} | old
   prefixes = tuple(f"{key}." for key in ignore)
   keys = [k for k in sorted({*old, *new}) if not f"{k}.".startswith(prefixes)]
 
@@ -304,13 +310,17 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_workdir(
-  workdir: epath.PathLike, config: Mapping[str, Any], *, ignore: tuple[str, ...] = ()
+  workdir: epath.PathLike,
+  config: Mapping[str, Any],
+  *,
+  ignore: tuple[str, ...] = (),
+  defaults: Mapping[str, Any] | None = None,
 ) -> None:
   """Raises where `guard` would refuse the directory; writes nothing. Arguments as there."""
   path = epath.Path(workdir).expanduser()
   target = path / "config.json"
   if target.exists():
-    different = diff(_read_config(target), config, ignore=ignore)
+    different = diff(_read_config(target), config, ignore=ignore, defaults=defaults)
     if different:
       raise ValueError(
         f"{path} holds a run with another config:\n  {_some(different)}\n"
@@ -324,7 +334,11 @@ def check_workdir(
 
 
 def guard(
-  workdir: epath.PathLike, config: Mapping[str, Any], *, ignore: tuple[str, ...] = ()
+  workdir: epath.PathLike,
+  config: Mapping[str, Any],
+  *,
+  ignore: tuple[str, ...] = (),
+  defaults: Mapping[str, Any] | None = None,
 ) -> None:
   """Claims a directory for one run by writing config.json, or refuses; for process 0 alone.
 
@@ -332,12 +346,13 @@ def guard(
     workdir: absent, empty, or holding the same run.
     config: the resolved config, JSON-able.
     ignore: dotted keys that may change within a run, such as its length.
+    defaults: of keys that the run of an older jepax lacks, which stood for just that.
 
   Raises:
     ValueError: another run lies there (names the keys that differ), or files of no run at all.
     OSError: it is a file, or can't be written.
   """
-  check_workdir(workdir, config, ignore=ignore)
+  check_workdir(workdir, config, ignore=ignore, defaults=defaults)
   path = epath.Path(workdir).expanduser()
   target = path / "config.json"
   temporary = _temporary(target)

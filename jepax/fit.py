@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from jepax import distributed, peers, sharding, summary
 from jepax.checkpoint import Checkpoints, Preemption, finished_steps, guard
-from jepax.config import one_of
+from jepax.config import base, one_of
 from jepax.core import TrainState
 from jepax.data.build import Data
 from jepax.data.loader import Loader
@@ -134,7 +134,7 @@ def claim(workdir: Path, experiment: Experiment, stack: contextlib.ExitStack) ->
   """Writes the config and takes the lock, or refuses, on all processes alike."""
 
   def on_first() -> None:
-    guard(workdir, identity(experiment), ignore=FREE_KEYS)
+    guard(workdir, identity(experiment), ignore=FREE_KEYS, defaults=base().to_dict())
     stack.enter_context(lock(workdir))
 
   distributed.on_first(on_first)

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from jepax import fit, sharding, summary
 from jepax.checkpoint import Checkpoints, check_workdir
+from jepax.config import base
 from jepax.core import Metrics, TrainState
 from jepax.data.build import Data
 from jepax.data.sources import ArraySource
@@ -157,7 +158,8 @@ def look_at(experiment: Experiment, workdir: Path, checkpoint_bytes: int) -> int
     ValueError: it holds something else, or another process trains there.
     OSError: it can't be made or written, or not one checkpoint fits.
   """
-  check_workdir(workdir, fit.identity(experiment), ignore=fit.FREE_KEYS)
+  known = base().to_dict()
+  check_workdir(workdir, fit.identity(experiment), ignore=fit.FREE_KEYS, defaults=known)
   if jax.process_index() == 0 and (workdir / ".lock").exists():
     with lock(workdir):  # free, so nobody trains there
       pass

@@ -275,6 +275,17 @@ def test_guard(tmp_path):
     checkpoint.guard(workdir, {**config, "optim": {"lr": 0.1}}, ignore=("steps",))
 
 
+def test_guard_takes_a_key_that_an_older_jepax_lacked_for_its_default(tmp_path):
+  checkpoint.guard(tmp_path, {"optim": {"lr": 0.1}})
+  now = {"optim": {"lr": 0.1, "frozen": "encoder"}, "init": {"weights": ""}}
+  defaults = {"optim": {"lr": 1e-3, "frozen": ""}, "init": {"weights": ""}, "gone": 1}
+  with pytest.raises(ValueError, match=r"config:\n  optim.frozen: saved '', now 'encoder'\n"):
+    checkpoint.guard(tmp_path, now, defaults=defaults)
+  now["optim"]["frozen"] = ""
+  checkpoint.guard(tmp_path, now, defaults=defaults)
+  assert json.loads((tmp_path / "config.json").read_text()) == now
+
+
 def test_guard_protects_other_files_and_survives_a_crash(tmp_path):
   (tmp_path / ".config.json.tmp").write_text('{"half')  # killed while claiming
   checkpoint.guard(tmp_path, {"a": 1})

@@ -33,6 +33,7 @@ def build(
   objective: str = "smooth_l1",
   target_norm: str = "layer_norm",
   regulariser: Mapping[str, Any] | None = None,
+  contrast: Mapping[str, Any] | None = None,
 ) -> JEPA:
   """I-JEPA for a run.
 
@@ -49,6 +50,8 @@ def build(
     target_norm: of the targets, 'layer_norm' (code), 'instance_norm' (data2vec's) or 'none'.
     regulariser: name ('vicreg', 'sigreg'), weight and other fields of one in `jepax.regularisers`,
       against collapse; None for none, as in the paper.
+    contrast: weight and temperature of `regularisers.Contrast`, InfoNCE of pooled predictions; None
+      for none, as in the paper.
 
   Raises:
     ValueError: an unknown key, or a value that can't work.
@@ -77,4 +80,7 @@ def build(
     regulariser=None
     if regulariser is None
     else regularisers.build(regulariser, where="method.regulariser"),
+    contrast=None
+    if contrast is None
+    else construct(regularisers.Contrast, contrast, where="method.contrast"),
   )

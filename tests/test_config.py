@@ -198,7 +198,7 @@ def test_another_choice_by_name_drops_what_the_recipe_set_for_the_old_one():
   same = load(quickstart, ["method.masks.name=multiblock"]).method.masks.to_dict()
   assert same == {"name": "multiblock", **recipe}
   # What the caller gives stays, for the build to refuse, as does what no choice takes.
-  kept = load(quickstart, [*given, "method.masks.targets=3", "method.masks.ratoi=1"]).method
+  kept = load(quickstart, ["method.masks.targets=3", "method.masks.ratoi=1", *given]).method
   assert kept.masks.to_dict() == {"name": "random", "ratio": 0.75, "targets": 3, "ratoi": 1}
   assert load(quickstart, ["method.masks.name=randm"]).method.masks.to_dict() == {
     "name": "randm",

@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jepax.config import Run
-from jepax.core import Batch, Features, Method, TrainState
+from jepax.core import Batch, Features, LossOut, Method, TrainState
 from jepax.evals.predictor import retrieve
 from jepax.masks.tokens import Masks
 from jepax.methods.jepa import JEPA
@@ -80,23 +80,37 @@ def _check(method: Any) -> None:
 
 
 def check_shapes(method: Method, state: TrainState, batch: Batch) -> None:
-  """Traces what is first called after training, or long into it, and checks what it returns.
+  """Traces the method's functions, among them those first called after training.
 
   Args:
     method: the caller's.
     state, batch: shapes alone, as `jax.eval_shape` gives them.
 
   Raises:
-    ValueError: features, weights or masks that the probes and the report can't take.
+    ValueError: a loss or a carry that the step can't take, or features, weights or masks that the
+      probes and the report can't.
   """
   name, key = type(method).__name__, jax.eval_shape(jax.random.key, 0)
   params, carry = state.params, state.carry
+  rows = {**batch, "sample": jax.ShapeDtypeStruct(batch["image"].shape[:1], np.int32)}
+  found = jax.eval_shape(method.loss, params, carry, rows, key, state.step)
+  if not isinstance(found, tuple) or not isinstance(found[-1], LossOut) or found[0].shape != ():
+    raise ValueError(
+      f"{name}.loss must return a scalar and a jepax.core.LossOut(carry, metrics), found "
+      f"{jax.tree.map(_shape, found)}"
+    )
+  moved = jax.eval_shape(method.update, params, found[1].carry, state.step)
+  if jax.tree.map(_shape, moved) != jax.tree.map(_shape, carry):
+    raise ValueError(
+      f"{name}.update must return a carry like that of init, {jax.tree.map(_shape, carry)}, found "
+      f"{jax.tree.map(_shape, moved)}"
+    )
   for branch in method.branches:
     found = jax.eval_shape(functools.partial(method.encode, branch=branch), params, carry, batch)
     if not isinstance(found, Features) or (found.tokens.ndim, found.pooled.ndim) != (3, 2):
       raise ValueError(
         f"{name}.encode(branch={branch!r}) must return jepax.core.Features of tokens [b n d] and "
-        f"pooled [b d], found {jax.tree.map(lambda x: list(x.shape), found)}"
+        f"pooled [b d], found {jax.tree.map(_shape, found)}"
       )
     weights = jax.eval_shape(functools.partial(method.weights, branch=branch), params, carry)
     if not isinstance(weights, Mapping):
@@ -113,6 +127,11 @@ def check_shapes(method: Method, state: TrainState, batch: Batch) -> None:
       )
   if isinstance(method, JEPA):
     jax.eval_shape(functools.partial(retrieve, method), params, carry, batch["image"], key)
+
+
+def _shape(x: Any) -> str:
+  """'float32[16, 8]'."""
+  return f"{x.dtype}{list(x.shape)}"
 
 
 # --- description ----------------------------------------------------------------------------

@@ -54,13 +54,16 @@ class Autoencoder:
   def images(self, batch):
     return normalise(batch["image"], mean=self.mean, std=self.std)
 
+  def tokens(self, params, batch):
+    return self.encoder.apply({"params": params["encoder"]}, self.images(batch))
+
   def init(self, key, batch):
     encoder = self.encoder.init(key, self.images(batch))["params"]
     decoder = 0.1 * jax.random.normal(key, (self.encoder.width, tiny.SIZE))
     return {"encoder": encoder, "decoder": decoder}, {}
 
   def loss(self, params, carry, batch, key, step):
-    x = self.encode(params, carry, batch, branch="encoder").tokens @ params["decoder"]
+    x = self.tokens(params, batch) @ params["decoder"]
     return jnp.square(x - self.images(batch)[:, 1:, :, 0]).mean(), LossOut(carry, {})
 
   def update(self, params, carry, step):
@@ -70,7 +73,7 @@ class Autoencoder:
     return params["encoder"]
 
   def encode(self, params, carry, batch, *, branch):
-    x = self.encoder.apply({"params": params["encoder"]}, self.images(batch))
+    x = self.tokens(params, batch)
     return Features(x, x.mean(1))
 
 
@@ -193,6 +196,16 @@ class Bare(Autoencoder):
     return super().encode(params, carry, batch, branch=branch).pooled
 
 
+class Dropped(Autoencoder):
+  def loss(self, params, carry, batch, key, step):
+    return super().loss(params, carry, batch, key, step)[0]
+
+
+class Grown(Autoencoder):
+  def update(self, params, carry, step):
+    return {"target": params["decoder"]}
+
+
 class Listed(Autoencoder):
   def weights(self, params, carry, *, branch):
     return [params]
@@ -211,6 +224,8 @@ class Listed(Autoencoder):
     (Autoencoder(couples_batch="negative"), "did you mean 'negatives'"),
     (Thawed(), "method=Thawed can't be hashed .*frozen=True"),
     (Shown(), "Shown.draw_masks must return jepax.masks.Masks"),
+    (Dropped(), r"Dropped.loss must return a scalar and .*LossOut.*found float32\[\]"),
+    (Grown(), r"Grown.update must return a carry like that of init, {}, found .*float32\[8, 16\]"),
     (Bare(), r"Bare.encode\(branch='encoder'\) must return jepax.core.Features .*\[16, 8\]"),
     (Listed(), r"Listed.weights\(branch='encoder'\) must return a dict of arrays, found list"),
   ],

@@ -136,7 +136,8 @@ def load(spec: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
       f"{type(config).__name__}"
     )
   check_keys(config)
-  for text in overrides:
+  # A name comes before the keys of what it names, in whatever order they are given.
+  for text in sorted(overrides, key=lambda text: ".name=" not in text):
     override(config, text)
   return config.lock()
 
@@ -199,7 +200,11 @@ def _hint(known: ConfigDict, key: str) -> Any:
 
 
 def override(config: ConfigDict, assignment: str) -> None:
-  """Applies one 'dotted.key=value' in place; raises ValueError as `load` does."""
+  """Applies one 'dotted.key=value' in place; raises ValueError as `load` does.
+
+  Where a section of the method gets another `name`, keys that the recipe set for the old choice and
+  that the new one does not take go.
+  """
   dotted, given, text = assignment.partition("=")
   if not given:
     raise ValueError(f"override --config.{dotted} has no value; write --config.{dotted}=VALUE")
@@ -211,6 +216,8 @@ def override(config: ConfigDict, assignment: str) -> None:
     if name not in section or not isinstance(section[name], ConfigDict):
       _raise_unknown(config, dotted, at=".".join(parents[: i + 1]))
     section = section[name]
+  if parents[:1] == ["method"] and leaf == "name":
+    _drop_others(config.method, parents[1:], text)
   if leaf not in section:  # a key of the method's build, which knows its own
     if dotted.startswith("method.") and dotted != "method.name":
       section[leaf] = text if text == "none" else _literal(text)  # 'none' names a choice: remat
@@ -229,6 +236,23 @@ def _method_keys(section: ConfigDict) -> Iterable[str]:
   if name not in methods():
     return ()
   return parameters(importlib.import_module(f"jepax.methods.{name}").build)
+
+
+def _drop_others(method: ConfigDict, path: list[str], name: str) -> None:
+  """Drops keys of the section at `path` that other choices take and the one called `name` does not.
+
+  Those that no choice takes stay, for the method's build to refuse.
+  """
+  if method.get("name") not in methods() or len(path) != 1:
+    return
+  module = importlib.import_module(f"jepax.methods.{method.name}")
+  choices = getattr(module, "CHOICES", {})
+  known = choices[path[0]]() if path[0] in choices else {}
+  if name not in known:
+    return
+  others = {key for choice in known.values() for key in parameters(choice)}
+  for key in (others - {*parameters(known[name])}) & {*method[path[0]]}:
+    del method[path[0]][key]
 
 
 def _raise_unknown(config: ConfigDict, dotted: str, *, at: str) -> None:

@@ -169,7 +169,13 @@ def _data_config(overrides: list[str]) -> tuple[Any, str]:
 
 
 def _check_run(saved: Mapping[str, Any], *, own_data: bool) -> None:
-  """Raises ValueError where a run's data, or what chose its checkpoint, forbid this evaluation."""
+  """Raises ValueError where a run's method, its data or its early stop forbid this evaluation."""
+  if "given_method" in saved:
+    raise ValueError(
+      f"this run trained a method given in Python, {saved['given_method']['type']}, which its "
+      "config can't bring back: call jepax.pretrained.load(workdir, method=...), and "
+      "jepax.evals.suite.evaluate with what it returns"
+    )
   if "given_data" in saved and not own_data:
     raise ValueError(
       "this run was trained on arrays given in Python, which its config can't bring back: name "

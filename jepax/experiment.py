@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jepax import compiler, optim, sharding
+from jepax import compiler, given, optim, sharding
 from jepax import config as config_lib
-from jepax.core import Batch, Features, Metrics, TrainState, init_state, make_train_step
+from jepax.core import Batch, Features, Method, Metrics, TrainState, init_state, make_train_step
 from jepax.data.build import Data
 from jepax.data.build import build as build_data
 from jepax.data.loader import Loader
@@ -36,7 +36,7 @@ class Experiment:
 
   config: ConfigDict
   data: Data
-  method: Any
+  method: Method
   mesh: Mesh
   steps: int
   every: dict[str, int]
@@ -47,6 +47,16 @@ class Experiment:
   batch_sharding: Any
   abstract_state: Any
   metrics: tuple[str, ...]
+
+  @property
+  def name(self) -> str:
+    """The method's: as the config names it, or the class of one that the caller made."""
+    return self.config.method.name if self.config.method else type(self.method).__name__
+
+  def described(self) -> dict[str, Any]:
+    """The config, with what it does not say: which method the caller made."""
+    found = self.config.to_dict()
+    return found if found["method"] else {**found, "given_method": given.describe(self.method)}
 
   def loader(self, *, start: int) -> Loader:
     """This process's rows of the training batches, from global batch `start` on."""
@@ -84,17 +94,23 @@ class Experiment:
 
   def distances(self, state: TrainState) -> dict[str, dict[str, float]]:
     """{'target': {'ema_distance': ..}} of a method with a target, else empty."""
-    if "target" not in self.method.branches:
+    if not {"target", "online"} <= set(self.method.branches):
       return {}
     target, online = (
       self.method.weights(state.params, state.carry, branch=branch)
       for branch in ("target", "online")
     )
+    if jax.tree.structure(target) != jax.tree.structure(online):
+      return {}  # of a caller's method: no average of the other
     return {"target": {"ema_distance": float(collapse.ema_distance(target, online))}}
 
 
 def prepare(
-  config: ConfigDict, *, data: Data | None = None, mesh: Mesh | None = None
+  config: ConfigDict,
+  *,
+  data: Data | None = None,
+  mesh: Mesh | None = None,
+  method: Method | Callable[[config_lib.Run], Method] | None = None,
 ) -> Experiment:
   """Builds a run and checks all that can be checked without compiling.
 
@@ -102,11 +118,18 @@ def prepare(
     config: from `jepax.config.load`, or `base()` filled in by hand.
     data: images of the caller's own; by default those that config.data names.
     mesh: devices of the caller's own choice; by default all, as config.mesh arranges them.
+    method: of the caller's own, or a function that makes one for this run; config.method is then
+      empty. By default the one that config.method names.
 
   Raises:
     ValueError: any setting that can't work, with what was found, what is allowed and a remedy.
   """
   config_lib.check_keys(config)
+  if method is not None and config.method:
+    raise ValueError(
+      f"method= was given, and config.method describes another, {config.method.to_dict()}: leave "
+      "out method= to train that one, or set config.method = ConfigDict() to train your own"
+    )
   _check_numbers(config)
   _check_init(config.init)
   config_lib.one_of(config.precision, config_lib.PRECISIONS, where="precision")
@@ -125,7 +148,10 @@ def prepare(
     steps=steps,
     dtype=config_lib.PRECISIONS[config.precision],
   )
-  method = config_lib.build_method(config.method, run)
+  if method is None:
+    method = config_lib.build_method(config.method, run)
+  else:
+    method = given.resolve(method, run)
   optimizer = optim.build(
     config.optim, steps=steps, warmup=lengths.pop("warmup"), freeze=lengths.pop("freeze")
   )
@@ -148,6 +174,8 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
     shapes = jax.eval_shape(init, key)
     placement = sharding.state_shardings(mesh, shapes)
     abstract = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, placement)
+    if not config.method:  # the library's own are tested for it
+      given.check_shapes(method, shapes, {"image": image})
     # With placements, as the first step has them: it then needs no second trace.
     _, metrics = jax.eval_shape(step, abstract, {"image": image.update(sharding=rows)})
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 
 from jepax import distributed, peers, sharding, summary
 from jepax.checkpoint import Checkpoints, Preemption, finished_steps, guard
-from jepax.config import base, one_of
-from jepax.core import TrainState
+from jepax.config import Run, base, one_of
+from jepax.core import Method, TrainState
 from jepax.data.build import Data
 from jepax.data.loader import Loader
 from jepax.evals.online import Probe, flatten
@@ -71,7 +71,12 @@ class Memory:
 
 
 def run(
-  config: ConfigDict, workdir: str | Path, *, data: Data | None = None, command: str | None = None
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  data: Data | None = None,
+  method: Method | Callable[[Run], Method] | None = None,
+  command: str | None = None,
 ) -> dict[str, Any]:
   """Trains what a config describes, from the last checkpoint in `workdir` if there is one.
 
@@ -80,6 +85,8 @@ def run(
     workdir: where checkpoints, metrics.jsonl, results.json and report.html go.
     data: images of the caller's own, see `jepax.data.build.Data.from_arrays`; by default those
       that config.data names.
+    method: of the caller's own, a `jepax.core.Method` or a function that makes one for a
+      `jepax.config.Run`; config.method is then empty. By default the one that config.method names.
     command: how this run was started, for the report.
 
   Returns:
@@ -93,7 +100,7 @@ def run(
     Failed: a file could not be written or read once training had begun.
   """
   workdir = local_path(workdir)
-  experiment = prepare(config, data=data)
+  experiment = prepare(config, data=data, method=method)
   probe = summary.make_probe(experiment, final=False)
   check_stop(experiment, probe)
   check_wandb(config.log.wandb)
@@ -107,7 +114,8 @@ def run(
       return {"train": {"status": status, "steps": memory.position}}
     if jax.process_index() == 0:
       print("final probes and report ...", flush=True)
-    command = command or f"jepax.fit.run(config, {str(workdir)!r})"
+    own = "" if method is None else ", method=..."
+    command = command or f"jepax.fit.run(config, {str(workdir)!r}{own})"
     return summary.finish(
       experiment,
       state,
@@ -146,7 +154,7 @@ def claim(workdir: Path, experiment: Experiment, stack: contextlib.ExitStack) ->
 
 def identity(experiment: Experiment) -> dict[str, Any]:
   """What makes a run this run and no other, but for FREE_KEYS: what its workdir is claimed by."""
-  found = experiment.config.to_dict()
+  found = experiment.described()
   if experiment.data.given:  # the config does not say which images these are
     found["given_data"] = experiment.data.fingerprint()
   return found
@@ -236,7 +244,7 @@ class Trainer:
       self.writer = stack.enter_context(
         Writer(
           self.workdir,
-          config=run.config.to_dict(),
+          config=run.described(),
           start_step=start,
           tensorboard=log.tensorboard,
           wandb=log.wandb or None,
@@ -369,7 +377,7 @@ class Trainer:
     """What a checkpoint holds beside the state."""
     return {
       "memory": dataclasses.asdict(self.memory),
-      "config": self.experiment.config.to_dict(),
+      "config": self.experiment.described(),
       "preprocess": dataclasses.asdict(Preprocess.of(self.experiment.data)),
       "code": code_version(),
     }

@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 
 from jepax import fit, sharding, summary
 from jepax.checkpoint import Checkpoints, check_workdir
-from jepax.config import base
-from jepax.core import Metrics, TrainState
+from jepax.config import Run, base
+from jepax.core import Method, Metrics, TrainState
 from jepax.data.build import Data
 from jepax.data.sources import ArraySource
 from jepax.evals.features import extract
@@ -89,13 +89,19 @@ class Findings:
     return left * max(self.step_seconds, self.input_seconds)
 
 
-def run(config: ConfigDict, workdir: str | Path, *, data: Data | None = None) -> Findings:
+def run(
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  data: Data | None = None,
+  method: Method | Callable[[Run], Method] | None = None,
+) -> Findings:
   """Does once all that a run does over and over, and measures it.
 
   Args:
     config: as for `jepax.fit.run`.
     workdir: the run's; nothing is written there.
-    data: as for `jepax.fit.run`.
+    data, method: as for `jepax.fit.run`.
 
   Raises:
     ValueError, OSError, fit.Diverged: what the run would raise in its first steps; and ValueError
@@ -104,7 +110,7 @@ def run(config: ConfigDict, workdir: str | Path, *, data: Data | None = None) ->
   """
   workdir = local_path(workdir)
   # 1. All that can be checked without compiling.
-  experiment = prepare(config, data=data)
+  experiment = prepare(config, data=data, method=method)
   probe = summary.make_probe(experiment, final=False)
   fit.check_stop(experiment, probe)
   check_wandb(config.log.wandb)
@@ -343,7 +349,7 @@ def _table(found: Findings) -> dict[str, str]:
   probes = (experiment.steps - 1) // every + 1 if every else 1  # one at random initialisation
   moved = ", ".join(f"{name} {count} of {all_}" for name, (count, all_) in found.moved.items())
   return {
-    "method": f"{config.method.name}, {found.parameters:,} parameters, {config.precision}",
+    "method": f"{experiment.name}, {found.parameters:,} parameters, {config.precision}",
     "start": found.start or _no_start(found),
     "devices": f"{devices}, {jax.process_count()} process(es)",
     "run": f"{experiment.steps:,} steps of {config.batch_size:,} images, {epochs:,.1f} epochs of "

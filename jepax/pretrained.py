@@ -230,6 +230,7 @@ def load(
   branch: str | None = None,
   positions: str | None = None,
   size: int | None = None,
+  method: Any = None,
 ) -> Encoder:
   """An encoder with its preprocessing, from any weights that jepax reads.
 
@@ -243,6 +244,7 @@ def load(
     positions: how positions come to another grid of patches than the weights': 'interpolate' or
       'recompute'.
     size: pixels a side of the images, to change the preprocessing's.
+    method: of a run of one's own method, what `jepax.fit.run` was given.
 
   Raises:
     ValueError: no weights there, weights that don't fit or can't be represented, an unknown
@@ -250,7 +252,7 @@ def load(
   """
   from jepax.convert import source  # loads what only converting needs
 
-  return source.read(path).at(size=size, positions=positions).encoder(branch)
+  return source.read(path, method=method).at(size=size, positions=positions).encoder(branch)
 
 
 @functools.partial(jax.jit, static_argnums=0)

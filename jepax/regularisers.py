@@ -1,4 +1,4 @@
-"""Remedies against collapse that any encoder's output can be given beside its method's own loss."""
+"""Remedies against collapse beside a method's own loss: of what is encoded, or predicted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from jepax import losses
 from jepax.construct import construct
@@ -103,6 +104,46 @@ class Gaussian(Regulariser):
     directions = draw_directions(key, width=x.shape[-1], count=self.slices)
     statistic = sigreg(x, directions, t_max=self.t_max, nodes=self.nodes, valid=valid)
     return statistic, {"loss/sigreg": statistic}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast:
+  """InfoNCE between predictions and their targets: the batch's other samples are the negatives.
+
+  Each sample's pooled prediction has to find its own pooled target among those of the global batch;
+  log b is what one that tells no sample from another gets.
+
+  weight: of the term in the loss. temperature: of the softmax, above 0.
+  """
+
+  weight: float
+  temperature: float = 0.1
+
+  def __post_init__(self):
+    losses.check_temperature(self.temperature)
+    if not self.weight > 0:
+      raise ValueError(f"weight must be above 0, found {self.weight}; remove it for none")
+
+  def __call__(
+    self, prediction: jax.Array, target: jax.Array, valid: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    """The weighted term, and itself as a metric.
+
+    Args:
+      prediction, target: [b m t d], the tokens predicted and what they should be.
+      valid: bool[b m t], tokens that count; at least one a sample.
+
+    Raises:
+      ValueError: one sample, which has no negatives.
+    """
+    chex.assert_equal_shape([prediction, target])
+    chex.assert_equal_shape_prefix([prediction, valid], 3)
+    if len(prediction) < 2:
+      raise ValueError("contrast takes its negatives from the batch: batch_size must be 2 or more")
+    of_valid = valid[..., None]
+    pooled = (x.astype(jnp.float32).mean((1, 2), where=of_valid) for x in (prediction, target))
+    loss = losses.info_nce(*pooled, temperature=self.temperature)
+    return self.weight * loss, {"loss/contrast": loss}
 
 
 REGULARISERS = {"vicreg": VarianceCovariance, "sigreg": Gaussian}

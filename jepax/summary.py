@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,9 @@ def finish(
     results["train"]["start"] = start["origin"]
   write_json(workdir / "results.json", results)
   page = report.Report(
-    title=f"{experiment.config.method.name} on {experiment.data.name}",
+    title=f"{experiment.name} on {experiment.data.name}",
     command=command,
-    config_text=json.dumps(experiment.config.to_dict(), indent=2),
+    config_text=json.dumps(experiment.described(), indent=2),
     environment=environment(),
     results=results,
     history=read_history(workdir),
@@ -199,7 +200,8 @@ def _pictures(experiment, state, probe: Probe, features, encode) -> report.Pictu
   images = probe.queries["image"][:SHOWN_IMAGES]
   near = pictures.nearest(queries[:SHOWN_IMAGES], bank, k=NEIGHBOURS)
   tokens = extract_tokens(encode, images, batch_size=probe.batch_size)
-  side = int(np.sqrt(tokens.shape[1]))
+  side = math.isqrt(tokens.shape[1])
+  square = side**2 == tokens.shape[1] and tokens.shape[2] >= 3  # else they make no picture
   labels = match = None
   if probe.num_classes is not None:
     labels = probe.queries["label"][:MAP_POINTS]
@@ -212,8 +214,8 @@ def _pictures(experiment, state, probe: Probe, features, encode) -> report.Pictu
     embedding=pictures.embed2d(queries[:MAP_POINTS]),
     labels=labels,
     class_names=experiment.data.class_names,
-    pca_images=images,
-    pca=pictures.patch_pca(tokens, (side, side)),
+    pca_images=images if square else None,
+    pca=pictures.patch_pca(tokens, (side, side)) if square else None,
   )
 
 

@@ -190,6 +190,28 @@ def test_a_section_that_the_recipe_leaves_out_can_be_given():
     load(quickstart, ["method.regularizer.name=vicreg"])
 
 
+def test_another_choice_by_name_drops_what_the_recipe_set_for_the_old_one():
+  quickstart = Path(__file__).parent.parent / "configs" / "quickstart.py"
+  given = ["method.masks.ratio=0.75", "method.masks.name=random"]  # in any order
+  assert load(quickstart, given).method.masks.to_dict() == {"name": "random", "ratio": 0.75}
+  recipe = load(quickstart).method.masks.to_dict()
+  same = load(quickstart, ["method.masks.name=multiblock"]).method.masks.to_dict()
+  assert same == {"name": "multiblock", **recipe}
+  # What the caller gives stays, for the build to refuse, as does what no choice takes.
+  kept = load(quickstart, ["method.masks.targets=3", "method.masks.ratoi=1", *given]).method
+  assert kept.masks.to_dict() == {"name": "random", "ratio": 0.75, "targets": 3, "ratoi": 1}
+  assert load(quickstart, ["method.masks.name=randm"]).method.masks.to_dict() == {
+    "name": "randm",
+    **recipe,
+  }
+
+
+def test_another_regulariser_keeps_what_both_take():
+  recipe = Path(__file__).parent.parent / "configs" / "cjepa_fashion_mnist.py"
+  found = load(recipe, ["method.regulariser.name=sigreg"]).method.regulariser
+  assert found.to_dict() == {"name": "sigreg", "weight": 0.001, "on": "tokens"}
+
+
 def test_later_overrides_win(file):
   assert load(file, ["seed=1", "seed=2"]).seed == 2
 

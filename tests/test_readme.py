@@ -19,7 +19,7 @@ def beside_a_checkout(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["pieces", "one call"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["pieces", "one call", "own method"])
 def test_example(block, beside_a_checkout, capsys):
   exec(compile(block, "README.md", "exec"), {})
   shown = capsys.readouterr().out.splitlines()
@@ -28,7 +28,7 @@ def test_example(block, beside_a_checkout, capsys):
 
 
 def test_paths_exist():
-  assert len(BLOCKS) == 2
+  assert len(BLOCKS) == 3
   paths = re.findall(r"`((?:jepax|configs|tests|docs)/[\w./-]+)`", TEXT)
   assert len(paths) > 15
   for path in paths:

@@ -332,7 +332,8 @@ def eight(run) -> Experiment:
 def once(monkeypatch, eight):
   """Prepares nothing anew, so that all compiles once."""
 
-  def ready(config, data):
+  def ready(config, data, method):
+    assert method is None
     return dataclasses.replace(eight, config=config)
 
   for module in (fit, preflight):

@@ -39,7 +39,7 @@ def retrieval(
   """
   if len(images) < 2:
     raise ValueError(f"the question which image needs at least 2, found {len(images)}")
-  place, image = _retrieve(method, params, carry, jnp.asarray(images), key)
+  place, image = retrieve(method, params, carry, jnp.asarray(images), key)
   n = method.grid[0] * method.grid[1]
   return {
     "place": float(place),
@@ -50,7 +50,10 @@ def retrieval(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _retrieve(method: JEPA, params, carry, images, key):
+def retrieve(
+  method: JEPA, params: Params, carry: Carry, images: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """`place` and `image` of `retrieval`, f32[] each; its arguments, jitted."""
   x = method.views.clean(images)
   masks = method.draw_masks(key, {"image": images})
   target = method.encoder.apply({"params": carry["target"]}, x)

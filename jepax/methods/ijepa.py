@@ -13,11 +13,13 @@ from jepax import regularisers
 from jepax.config import Run
 from jepax.construct import construct
 from jepax.data.augment import Augment
-from jepax.masks.multiblock import MultiBlock
 from jepax.methods.jepa import JEPA
-from jepax.methods.masking import build_vit
+from jepax.methods.masking import build_sampler, build_vit, samplers
 from jepax.models.predictor import Predictor
 from jepax.optim import linear
+
+# Sections whose `name` decides which other keys they take.
+CHOICES = {"masks": samplers, "regulariser": lambda: regularisers.REGULARISERS}
 
 
 def build(
@@ -31,6 +33,7 @@ def build(
   objective: str = "smooth_l1",
   target_norm: str = "layer_norm",
   regulariser: Mapping[str, Any] | None = None,
+  contrast: Mapping[str, Any] | None = None,
 ) -> JEPA:
   """I-JEPA for a run.
 
@@ -39,13 +42,16 @@ def build(
     encoder: arguments of `models.vit.vit`: variant, patch, ...
     predictor: fields of `models.predictor.Predictor`; heads default to the encoder's, as in the
       reference (a head is then 24 or 32 wide, not 64).
-    masks: fields of `masks.multiblock.MultiBlock` but the grid.
+    masks: name, a file of jepax/masks ('multiblock', 'random', ...), and fields of the sampler in
+      it but the grid; without a name those of `masks.multiblock.MultiBlock`.
     views: fields of `data.augment.Augment` but mean and std.
     momentum: of the target at the first and the last step, linear between.
     objective: 'smooth_l1' (code) or 'mse' (paper).
     target_norm: of the targets, 'layer_norm' (code), 'instance_norm' (data2vec's) or 'none'.
     regulariser: name ('vicreg', 'sigreg'), weight and other fields of one in `jepax.regularisers`,
       against collapse; None for none, as in the paper.
+    contrast: weight and temperature of `regularisers.Contrast`, InfoNCE of pooled predictions; None
+      for none, as in the paper.
 
   Raises:
     ValueError: an unknown key, or a value that can't work.
@@ -65,7 +71,7 @@ def build(
       dtype=run.dtype,
       drop_path=0.0,
     ),
-    masks=construct(MultiBlock, masks, where="method.masks", grid=grid),
+    masks=build_sampler(masks, grid=grid, default="multiblock"),
     views=construct(Augment, views, where="method.views", mean=run.mean, std=run.std),
     momentum=linear(*momentum, steps=run.steps),
     grid=grid,
@@ -74,4 +80,7 @@ def build(
     regulariser=None
     if regulariser is None
     else regularisers.build(regulariser, where="method.regulariser"),
+    contrast=None
+    if contrast is None
+    else construct(regularisers.Contrast, contrast, where="method.contrast"),
   )

@@ -17,7 +17,7 @@ from jepax import losses
 from jepax.core import Batch, Carry, Features, LossOut, Params, ema, sample_keys
 from jepax.masks.tokens import gather
 from jepax.names import one_of
-from jepax.regularisers import Regulariser
+from jepax.regularisers import Contrast, Regulariser
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,9 @@ class JEPA:
   objective: name of an elementwise loss in `losses.OBJECTIVES`.
   target_norm: of the target's tokens, a name in `losses.TARGET_NORMS`.
   grid: patches (rows, columns) of an image.
-  regulariser: from `regularisers`, on the context's tokens; None for none. With it the loss couples
-    the batch.
+  regulariser: from `regularisers`, on the context's tokens; None for none.
+  contrast: likewise, of pooled predictions and targets, the batch's others as negatives; None for
+    none. With either of the two the loss couples the batch.
   """
 
   encoder: nn.Module
@@ -45,13 +46,16 @@ class JEPA:
   objective: str = "smooth_l1"
   target_norm: str = "layer_norm"
   regulariser: Regulariser | None = None
+  contrast: Contrast | None = None
 
   branches: ClassVar[tuple[str, ...]] = ("target", "online")
   pool: ClassVar[str] = "mean"
 
   @property
   def couples_batch(self) -> str:
-    """Without a regulariser every sample has a loss of its own."""
+    """With neither contrast nor regulariser every sample has a loss of its own."""
+    if self.contrast is not None:
+      return "negatives"
     return "" if self.regulariser is None else "statistics"
 
   def __post_init__(self):
@@ -100,10 +104,16 @@ class JEPA:
       "schedule/momentum": self.momentum(step),
       **masks.metrics(),
     }
+    if self.couples_batch:
+      metrics |= {"loss/prediction": loss}
     if self.regulariser is not None:
       third_key = jax.random.fold_in(key, 2)  # the split above is fold_in of 0 and 1
       penalty, parts = self.regulariser(context, masks.context.valid, third_key)
-      metrics |= {"loss/prediction": loss, **parts}
+      metrics |= parts
+      loss = loss + penalty
+    if self.contrast is not None:
+      penalty, parts = self.contrast(prediction, target, masks.targets.valid)
+      metrics |= parts
       loss = loss + penalty
     return loss, LossOut(carry, metrics)
 

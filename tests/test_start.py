@@ -352,7 +352,7 @@ def finished(run, eight, tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     ready = dataclasses.replace(eight, train_step=step)
-    patch.setattr(fit, "prepare", lambda config, data: ready)
+    patch.setattr(fit, "prepare", lambda config, data, method: ready)
     results = fit.run(eight.config, workdir, data=DATA)
   return workdir, results, seen[0]
 

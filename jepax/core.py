@@ -29,10 +29,14 @@ Metrics = dict[str, jax.Array]  # 'group/name' -> f32[]
 
 @struct.dataclass
 class LossOut:
-  """What a loss returns beside its value: the state it moved and what it saw."""
+  """What a loss returns beside its value: the state it moved and what it saw.
+
+  each: f32[b], the loss of each sample, whose mean is the value; None where samples are coupled.
+  """
 
   carry: Carry
   metrics: Metrics
+  each: jax.Array | None = None
 
 
 @struct.dataclass

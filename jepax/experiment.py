@@ -20,6 +20,7 @@ from jepax.data.build import Data
 from jepax.data.build import build as build_data
 from jepax.data.loader import Loader
 from jepax.evals import collapse
+from jepax.evals.batches import in_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Experiment:
   two of them, 0 for never. schedules: name -> step -> value, for the log.
   init: key -> TrainState. train_step: (state, batch) -> (state, metrics), donates the state.
   encode: branch -> (params, carry, images u8[b h w c]) -> Features.
+  losses: (params, carry, step, images u8[b h w c], index i32[b]) -> f32[b], of each image; where
+  they are coupled that of the batch, b times.
   batch_sharding: where batches lie. abstract_state: shapes, dtypes and places of the state.
   metrics: names of what train_step measures.
   """
@@ -44,6 +47,7 @@ class Experiment:
   init: Callable[[jax.Array], TrainState]
   train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
   encode: dict[str, Callable[..., Features]]
+  losses: Callable[..., jax.Array]
   batch_sharding: Any
   abstract_state: Any
   metrics: tuple[str, ...]
@@ -70,17 +74,51 @@ class Experiment:
 
   def encoders(self, state: TrainState) -> dict[str, Callable[[np.ndarray], Features]]:
     """Branch -> (images u8[b h w c] -> Features), with the weights of `state`."""
-    replicated = sharding.replicated(self.mesh)
 
     def bind(encode):
-      def images_to_features(images: np.ndarray) -> Features:
-        place = replicated if len(images) % sharding.row_parts(self.mesh) else self.batch_sharding
-        placed = jax.make_array_from_callback(images.shape, place, lambda at: images[at])
-        return encode(state.params, state.carry, placed)
-
-      return images_to_features
+      return lambda images: encode(state.params, state.carry, self._place(images))
 
     return {branch: bind(encode) for branch, encode in self.encode.items()}
+
+  def held_out_loss(self, state: TrainState, images: np.ndarray) -> float:
+    """The method's own loss on images it does not learn from; the same for the same state.
+
+    Views and masks come from a fixed key and an image's place among the images, as in training
+    from the step's key and the row. It is computed in batches of the training's size (micro-batches
+    where it accumulates), and is the mean over images, so that the size does not matter; but for
+    masks with compat='ijepa', which cut the contexts of neighbours to one length.
+
+    A loss that couples the batch is that of full batches of config.batch_size, averaged, without
+    the remainder. Of fewer images than that a batch is the largest number of them that divides
+    config.batch_size and over the devices; all of them where there is none.
+
+    Args:
+      state: nothing of it changes.
+      images: u8[n h w c], n at least 2, all on every process.
+    """
+    size, count = self.config.batch_size // self.config.accumulate, len(images)
+    if self.method.couples_batch:
+      size = self._coupled_batch(count)
+      count -= count % size
+
+    def losses(index: np.ndarray) -> jax.Array:
+      placed = self._place(images[index]), self._place(index)
+      return self.losses(state.params, state.carry, state.step, *placed)
+
+    found = in_batches(losses, np.arange(count, dtype=np.int32), batch_size=size)
+    return float(found.mean(dtype=np.float64))
+
+  def _coupled_batch(self, count: int) -> int:
+    """Images a batch, of `count`, where the loss couples them."""
+    size, parts = self.config.batch_size, sharding.row_parts(self.mesh)
+    fits = [n for n in range(parts, min(count, size) + 1, parts) if size % n == 0 and n > 1]
+    return max(fits, default=count)
+
+  def _place(self, rows: np.ndarray) -> jax.Array:
+    """Rows [b ...] that every process has: split over the devices, where they divide."""
+    split = len(rows) % sharding.row_parts(self.mesh) == 0
+    place = self.batch_sharding if split else sharding.replicated(self.mesh)
+    return jax.make_array_from_callback(rows.shape, place, lambda at: rows[at])
 
   def distances(self, state: TrainState) -> dict[str, dict[str, float]]:
     """{'target': {'ema_distance': ..}} of a method with a target, else empty."""
@@ -156,6 +194,18 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
 
     return _on_mesh(mesh, jax.jit(encode, out_shardings=replicated, compiler_options=options))
 
+  def losses(params, carry, step, images, index):
+    batch = {"image": images, "sample": index}
+    loss, out = method.loss(params, carry, batch, jax.random.key(0), step)
+    if method.couples_batch:
+      return jnp.broadcast_to(loss, index.shape)
+    if out.each is None:
+      raise ValueError(
+        f"{type(method).__name__} couples no samples, so its loss has to give that of each, "
+        "LossOut.each; or let couples_batch say what couples them"
+      )
+    return out.each
+
   return Experiment(
     config=config,
     data=data,
@@ -176,6 +226,7 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
       ),
     ),
     encode={branch: encoder(branch) for branch in method.branches},
+    losses=_on_mesh(mesh, jax.jit(losses, out_shardings=replicated, compiler_options=options)),
     batch_sharding=rows,
     metrics=tuple(metrics),
     abstract_state=abstract,

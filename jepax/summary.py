@@ -107,6 +107,7 @@ def finish(
     found[name] |= numbers
   found["pixels"] = probe.scores(pixels(probe.bank["image"]), pixels(probe.queries["image"]))
   # All processes compute what follows from a sharded state; the first alone keeps books.
+  held_out_loss = experiment.held_out_loss(state, probe.queries["image"])
   predictor = None
   if isinstance(experiment.method, JEPA):
     predictor = _retrieval(experiment, state, probe)
@@ -117,6 +118,7 @@ def finish(
     return {"train": {"status": status, "steps": int(state.step)}}
   count = len(probe.queries["image"])
   results = _results(experiment, workdir, found, status, seconds, count)
+  results["train"]["held_out_loss"] = held_out_loss
   if predictor is not None:
     results["predictor"] = predictor
   write_json(workdir / "results.json", results)

@@ -96,6 +96,7 @@ class JEPA:
     )  # [b m t d]
     error = losses.OBJECTIVES[self.objective](prediction, target)
     loss = losses.token_mean(error, masks.targets.valid)
+    each = losses.token_means(error, masks.targets.valid)
     metrics = {
       "schedule/momentum": self.momentum(step),
       **masks.metrics(),
@@ -104,8 +105,8 @@ class JEPA:
       third_key = jax.random.fold_in(key, 2)  # the split above is fold_in of 0 and 1
       penalty, parts = self.regulariser(context, masks.context.valid, third_key)
       metrics |= {"loss/prediction": loss, **parts}
-      loss = loss + penalty
-    return loss, LossOut(carry, metrics)
+      loss, each = loss + penalty, None
+    return loss, LossOut(carry, metrics, each)
 
   def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:
     """Moves the target towards the encoder, after the optimizer step."""

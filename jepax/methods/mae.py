@@ -89,8 +89,9 @@ class MAE:
     )  # [b t p*p*c]
     target = gather(patchify(images, patch=self.encoder.patch), hidden)
     target = patch_targets(target, normalize=self.normalize_patches)
-    loss = losses.token_mean(losses.squared(prediction, target), hidden.valid)
-    return loss, LossOut(carry, masks.metrics())
+    error = losses.squared(prediction, target)
+    loss, each = (f(error, hidden.valid) for f in (losses.token_mean, losses.token_means))
+    return loss, LossOut(carry, masks.metrics(), each)
 
   def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:
     """Nothing persists beside the parameters."""

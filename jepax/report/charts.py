@@ -63,11 +63,10 @@ def series(history: History, name: str) -> tuple[list[float], list[float]]:
 def training(history: History) -> str:
   """The loss and the schedules."""
   figures, keys = [], []
-  found = {name: series(history, name) for name in LOSSES}
-  found = {name: curve for name, curve in found.items() if curve[0]}
-  if found:
-    figures.append(_figure("Loss", "", _loss_chart(found)))
-    keys = [key(*LOSSES[name]) for name in found]
+  curves = _losses(history)
+  if curves:
+    figures.append(_figure("Loss", "", _loss_chart(curves)))
+    keys = [key(*LOSSES[name]) for name in curves]
   for name, title in SCHEDULES.items():
     steps, values = series(history, name)
     if steps:
@@ -84,6 +83,14 @@ def training(history: History) -> str:
     figures,
     keys if len(keys) > 1 else (),
   )
+
+
+def _losses(history: History) -> dict[str, tuple[list[float], list[float]]]:
+  """The curves of LOSSES, from training's first on: before it a loss would flatten all others."""
+  first, _ = series(history, "train/loss")
+  rows = [row for row in history if not first or row["step"] >= first[0]]
+  curves = {name: series(rows, name) for name in LOSSES}
+  return {name: curve for name, curve in curves.items() if curve[0]}
 
 
 def _loss_chart(curves: Mapping[str, tuple[list[float], list[float]]]) -> str:

@@ -48,6 +48,18 @@ class Features:
 
 
 @struct.dataclass
+class Reconstruction:
+  """What a method that predicts pixels makes of images: `reconstruct(params, carry, batch, key)`.
+
+  pixels: f32[b h w c] in [0, 1], the images with their hidden patches predicted.
+  is_masked: bool[b n], the hidden patches, in raster order.
+  """
+
+  pixels: jax.Array
+  is_masked: jax.Array
+
+
+@struct.dataclass
 class TrainState:
   """All that training persists; arrays only, so it shards, donates and saves as one tree.
 

@@ -116,6 +116,18 @@ def test_early_stop_evaluates_the_best_step(tmp_path):
     assert saved.latest() == best
 
 
+def test_reconstructions_are_in_the_report_of_methods_that_make_them(finished, tmp_path):
+  """Of parameters that are split over devices."""
+  config = tiny.config("mae", mesh__fsdp=2, total="1 steps", eval__every=0)
+  fit.run(config, tmp_path / "run", data=tiny.data())
+  page = (tmp_path / "run" / "report.html").read_text()
+  _, _, part = page.partition("<h2>Reconstructions</h2>")
+  part, _, _ = part.partition("</section>")
+  assert part.count('<svg class="patches"') == 8  # the visible patches of as many images
+  assert part.count("<img") == 16  # the image and what was made of it
+  assert "Reconstructions" not in (finished[0] / "report.html").read_text()
+
+
 @pytest.mark.usefixtures("one_device")
 def test_early_stop_on_the_held_out_loss(tmp_path):
   """Which a learning rate that is too high drives up again."""

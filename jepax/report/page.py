@@ -72,6 +72,7 @@ def render(report: Report) -> str:
     charts.probes_over_time(report.history, probes),
     charts.collapse(report.history, report.results),
     pictures.masks(report.pictures),
+    pictures.reconstructions(report.pictures),
     protocols.predictor(report.results),
     pictures.neighbours(report.pictures),
     pictures.embedding(report.pictures),

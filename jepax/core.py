@@ -29,10 +29,15 @@ Metrics = dict[str, jax.Array]  # 'group/name' -> f32[]
 
 @struct.dataclass
 class LossOut:
-  """What a loss returns beside its value: the state it moved and what it saw."""
+  """What a loss returns beside its value: the state it moved and what it saw.
+
+  each: f32[b], the loss of each sample, whose mean is the value, for the loss on held-out images;
+    None where samples are coupled, or it is not known.
+  """
 
   carry: Carry
   metrics: Metrics
+  each: jax.Array | None = None
 
 
 @struct.dataclass
@@ -41,6 +46,18 @@ class Features:
 
   tokens: jax.Array
   pooled: jax.Array
+
+
+@struct.dataclass
+class Reconstruction:
+  """What a method that predicts pixels makes of images: `reconstruct(params, carry, batch, key)`.
+
+  pixels: f32[b h w c] in [0, 1], the images with their hidden patches predicted.
+  is_masked: bool[b n], the hidden patches, in raster order.
+  """
+
+  pixels: jax.Array
+  is_masked: jax.Array
 
 
 @struct.dataclass

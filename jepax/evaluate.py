@@ -182,7 +182,7 @@ def _check_run(saved: Mapping[str, Any], *, own_data: bool) -> None:
       "labelled images by --data.source=..., or call jepax.evals.suite.evaluate with the arrays"
     )
   metric = saved["stop"]["metric"]
-  if SPLIT.value == "test" and metric.startswith(("knn/", "linear/")):
+  if SPLIT.value == "test" and metric.startswith(("knn/", "linear/", "eval/")):
     raise ValueError(
       f"this run stopped early on {metric!r}, measured on its held-out split, so that split chose "
       "the checkpoint and can't judge it: use --split=validation, or stop on a training metric"

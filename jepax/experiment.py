@@ -20,6 +20,7 @@ from jepax.data.build import Data
 from jepax.data.build import build as build_data
 from jepax.data.loader import Loader
 from jepax.evals import collapse
+from jepax.evals.batches import in_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Experiment:
   two of them, 0 for never. schedules: name -> step -> value, for the log.
   init: key -> TrainState. train_step: (state, batch) -> (state, metrics), donates the state.
   encode: branch -> (params, carry, images u8[b h w c]) -> Features.
+  losses: (params, carry, step, images u8[b h w c], index i32[b]) -> f32[b], of each image; unless
+  per_sample, where images are coupled, that of the batch, b times.
   batch_sharding: where batches lie. abstract_state: shapes, dtypes and places of the state.
   metrics: names of what train_step measures.
   """
@@ -44,6 +47,8 @@ class Experiment:
   init: Callable[[jax.Array], TrainState]
   train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
   encode: dict[str, Callable[..., Features]]
+  losses: Callable[..., jax.Array]
+  per_sample: bool
   batch_sharding: Any
   abstract_state: Any
   metrics: tuple[str, ...]
@@ -80,17 +85,51 @@ class Experiment:
 
   def encoders(self, state: TrainState) -> dict[str, Callable[[np.ndarray], Features]]:
     """Branch -> (images u8[b h w c] -> Features), with the weights of `state`."""
-    replicated = sharding.replicated(self.mesh)
 
     def bind(encode):
-      def images_to_features(images: np.ndarray) -> Features:
-        place = replicated if len(images) % sharding.row_parts(self.mesh) else self.batch_sharding
-        placed = jax.make_array_from_callback(images.shape, place, lambda at: images[at])
-        return encode(state.params, state.carry, placed)
-
-      return images_to_features
+      return lambda images: encode(state.params, state.carry, self._place(images))
 
     return {branch: bind(encode) for branch, encode in self.encode.items()}
+
+  def held_out_loss(self, state: TrainState, images: np.ndarray) -> float:
+    """The method's own loss on images it does not learn from; the same for the same state.
+
+    Views and masks come from a fixed key and an image's place among the images, as in training
+    from the step's key and the row. It is computed in batches of the training's size (micro-batches
+    where it accumulates), and is the mean over images, so that the size does not matter; but for
+    masks with compat='ijepa', which cut the contexts of neighbours to one length.
+
+    A loss that couples the batch, or does not give each sample's, is that of full batches of config.batch_size, averaged, without
+    the remainder. Of fewer images than that a batch is the largest number of them that divides
+    config.batch_size and over the devices; all of them where there is none.
+
+    Args:
+      state: nothing of it changes.
+      images: u8[n h w c], n at least 2, all on every process.
+    """
+    size, count = self.config.batch_size // self.config.accumulate, len(images)
+    if not self.per_sample:
+      size = self._coupled_batch(count)
+      count -= count % size
+
+    def losses(index: np.ndarray) -> jax.Array:
+      placed = self._place(images[index]), self._place(index)
+      return self.losses(state.params, state.carry, state.step, *placed)
+
+    found = in_batches(losses, np.arange(count, dtype=np.int32), batch_size=size)
+    return float(found.mean(dtype=np.float64))
+
+  def _coupled_batch(self, count: int) -> int:
+    """Images a batch, of `count`, where the loss couples them."""
+    size, parts = self.config.batch_size, sharding.row_parts(self.mesh)
+    fits = [n for n in range(parts, min(count, size) + 1, parts) if size % n == 0 and n > 1]
+    return max(fits, default=count)
+
+  def _place(self, rows: np.ndarray) -> jax.Array:
+    """Rows [b ...] that every process has: split over the devices, where they divide."""
+    split = len(rows) % sharding.row_parts(self.mesh) == 0
+    place = self.batch_sharding if split else sharding.replicated(self.mesh)
+    return jax.make_array_from_callback(rows.shape, place, lambda at: rows[at])
 
   def distances(self, state: TrainState) -> dict[str, dict[str, float]]:
     """{'target': {'ema_distance': ..}} of a method with a target, else empty."""
@@ -174,8 +213,9 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
     shapes = jax.eval_shape(init, key)
     placement = sharding.state_shardings(mesh, shapes)
     abstract = jax.tree.map(lambda x, place: x.update(sharding=place), shapes, placement)
+    per_sample = not method.couples_batch
     if not config.method:  # the library's own are tested for it
-      given.check_shapes(method, shapes, {"image": image})
+      per_sample &= given.check_shapes(method, shapes, {"image": image})
     # With placements, as the first step has them: it then needs no second trace.
     _, metrics = jax.eval_shape(step, abstract, {"image": image.update(sharding=rows)})
 
@@ -184,6 +224,11 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
       return method.encode(params, carry, {"image": images}, branch=branch)
 
     return _on_mesh(mesh, jax.jit(encode, out_shardings=replicated, compiler_options=options))
+
+  def losses(params, carry, step, images, index):
+    batch = {"image": images, "sample": index}
+    loss, out = method.loss(params, carry, batch, jax.random.key(0), step)
+    return out.each if per_sample else jnp.broadcast_to(loss, index.shape)
 
   return Experiment(
     config=config,
@@ -205,6 +250,8 @@ def _compile_ready(config, data, method, mesh, steps, every, optimizer) -> Exper
       ),
     ),
     encode={branch: encoder(branch) for branch in method.branches},
+    losses=_on_mesh(mesh, jax.jit(losses, out_shardings=replicated, compiler_options=options)),
+    per_sample=per_sample,
     batch_sharding=rows,
     metrics=tuple(metrics),
     abstract_state=abstract,

@@ -41,6 +41,9 @@ FREE_KEYS = (
 )
 
 
+HELD_OUT_LOSS = "eval/loss"
+
+
 class Diverged(RuntimeError):
   """Too many updates in a row were not finite."""
 
@@ -179,8 +182,12 @@ def check_stop(experiment: Experiment, probe: Probe) -> None:
   if not rule.metric:
     return
   one_of(rule.mode, ("max", "min"), where="stop.mode")
-  measured = [*experiment.metrics, *probe.metrics(experiment.method.branches)]
-  one_of(rule.metric, measured, where="stop.metric")
+  probed = probe.metrics(experiment.method.branches)
+  one_of(rule.metric, [*experiment.metrics, HELD_OUT_LOSS, *probed], where="stop.metric")
+  if rule.metric == HELD_OUT_LOSS and rule.mode == "max":
+    raise ValueError(
+      f"stop.metric={HELD_OUT_LOSS!r} is the better the smaller: set stop.mode='min'"
+    )
   if not experiment.every["eval"]:
     raise ValueError("stop.metric is watched at the probes: set eval.every, for example '10%'")
 
@@ -254,7 +261,8 @@ class Trainer:
       preemption = stack.enter_context(Preemption())
       if start == 0:
         self.progress.message("probes at random initialisation, and compiling ...")
-        self.memory.control = self.run_probe(state, 0, {"random_init": first})["random_init"]
+        found, _ = self.run_probe(state, 0, {"random_init": first})
+        self.memory.control = found["random_init"]
         if self.start is not None:
           state = self.begin(state, self.start)
       else:
@@ -304,8 +312,8 @@ class Trainer:
       jax.block_until_ready(metrics)  # the steps under way belong to training
       with self.timer.paused():
         branches = {branch: branch for branch in self.experiment.method.branches}
-        found = self.run_probe(state, step, branches)
-        stop = self.stop_early(step, state, scalars(metrics) | flatten(found))
+        _, row = self.run_probe(state, step, branches)
+        stop = self.stop_early(step, state, scalars(metrics) | row)
       if stop:
         self.memory.stopped_by = self.experiment.config.stop.to_dict()
         if step % every["log"]:  # the report is of the last step
@@ -335,8 +343,13 @@ class Trainer:
         "optim.warmup, or use precision='float32'."
       )
 
-  def run_probe(self, state: TrainState, step: int, branches: dict[str, str]) -> dict[str, dict]:
-    """Probes the encoders {shown name: branch}, writes the numbers, sounds the alarms."""
+  def run_probe(
+    self, state: TrainState, step: int, branches: dict[str, str]
+  ) -> tuple[dict[str, dict], dict[str, float]]:
+    """Probes the encoders {shown name: branch}, writes the numbers, sounds the alarms.
+
+    Returns what was found of each encoder, and the row that was written.
+    """
     encoders = self.experiment.encoders(state)
     found = self.probe({name: encoders[branch] for name, branch in branches.items()})
     for name, numbers in self.experiment.distances(state).items() if step else ():
@@ -345,10 +358,11 @@ class Trainer:
     alarms = summary.alarms(found, control=self.memory.control, count=count)
     for text in alarms:
       self.progress.message(f"ALARM at step {step}: {text}")
-    row = {**flatten(found), "collapse/alarms": len(alarms)}
+    loss = self.experiment.held_out_loss(state, self.probe.queries["image"])
+    row = {**flatten(found), HELD_OUT_LOSS: loss, "collapse/alarms": len(alarms)}
     self.writer.write(step, row)
     self.progress.update(step, row)
-    return found
+    return found, row
 
   def stop_early(self, step: int, state: TrainState, numbers: dict[str, float]) -> bool:
     """Whether the watched metric has not improved for `patience` probes; keeps the best state."""

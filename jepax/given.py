@@ -79,12 +79,15 @@ def _check(method: Any) -> None:
     ) from error
 
 
-def check_shapes(method: Method, state: TrainState, batch: Batch) -> None:
+def check_shapes(method: Method, state: TrainState, batch: Batch) -> bool:
   """Traces the method's functions, among them those first called after training.
 
   Args:
     method: the caller's.
     state, batch: shapes alone, as `jax.eval_shape` gives them.
+
+  Returns:
+    Whether the loss tells that of each sample, `LossOut.each`.
 
   Raises:
     ValueError: a loss or a carry that the step can't take, or features, weights or masks that the
@@ -98,6 +101,12 @@ def check_shapes(method: Method, state: TrainState, batch: Batch) -> None:
     raise ValueError(
       f"{name}.loss must return a scalar and a jepax.core.LossOut(carry, metrics), found "
       f"{jax.tree.map(_shape, found)}"
+    )
+  per_sample = found[1].each is not None
+  if per_sample and found[1].each.shape != batch["image"].shape[:1]:
+    raise ValueError(
+      f"{name}.loss gives {_shape(found[1].each)} as LossOut.each, the loss of each of "
+      f"{batch['image'].shape[0]} samples; leave it out where it can't be told"
     )
   moved = jax.eval_shape(method.update, params, found[1].carry, state.step)
   if jax.tree.map(_shape, moved) != jax.tree.map(_shape, carry):
@@ -127,6 +136,7 @@ def check_shapes(method: Method, state: TrainState, batch: Batch) -> None:
       )
   if isinstance(method, JEPA):
     jax.eval_shape(functools.partial(retrieve, method), params, carry, batch["image"], key)
+  return per_sample
 
 
 def _shape(x: Any) -> str:

@@ -36,9 +36,19 @@ def token_mean(x: jax.Array, valid: jax.Array) -> jax.Array:
   Returns:
     f32[].
   """
+  return jnp.mean(_set_means(x, valid))
+
+
+def token_means(x: jax.Array, valid: jax.Array) -> jax.Array:
+  """What `token_mean` is the mean of: x f32[b ... t d], valid bool[b ... t] -> f32[b]."""
+  means = _set_means(x, valid)
+  return means.reshape(len(means), -1).mean(1)
+
+
+def _set_means(x: jax.Array, valid: jax.Array) -> jax.Array:
   chex.assert_equal_shape_prefix([x, valid], valid.ndim)
   per_token = x.mean(-1) * valid
-  return jnp.mean(per_token.sum(-1) / jnp.maximum(valid.sum(-1), 1))
+  return per_token.sum(-1) / jnp.maximum(valid.sum(-1), 1)
 
 
 def layer_norm(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:

@@ -54,6 +54,7 @@ class Findings:
   device_bytes: what a device has, None where it does not tell.
   compile_seconds, step_seconds, probe_seconds: of the training step's compilation, of the second
     of two steps, and of encoding the probe's images once with one encoder.
+  held_out_loss: of a batch of the probe's images, after two steps.
   input_seconds: for one batch with the configured threads, as if they ran on cores of their own.
   metrics: of the second step.
   start: which weights the run starts from; '' for random ones, or where it goes on.
@@ -73,6 +74,7 @@ class Findings:
   step_seconds: float
   input_seconds: float
   probe_seconds: float
+  held_out_loss: float
   metrics: dict[str, float]
   start: str
   moved: dict[str, tuple[int, int]]
@@ -137,6 +139,9 @@ def run(
     step_seconds=step_seconds,
     input_seconds=input_seconds,
     probe_seconds=encode_probe(experiment, state, probe),
+    held_out_loss=experiment.held_out_loss(
+      state, probe.queries["image"][: experiment.config.batch_size]
+    ),
     metrics=fit.scalars(metrics),
     start="" if start is None else start.text,
     moved=moved,
@@ -363,7 +368,8 @@ def _table(found: Findings) -> dict[str, str]:
     "input": f"{found.input_seconds:.3g} s a batch, {found.input_share:.0%} of a step"
     + " (training would wait)" * (found.input_share > 1),
     "probe": f"{found.probe_seconds:.3g} s to encode once with one of "
-    f"{len(experiment.method.branches)} encoder(s), {probes} times",
+    f"{len(experiment.method.branches)} encoder(s), {probes} times; "
+    f"held-out loss {found.held_out_loss:.4g}",
     "moved": f"{moved} leaves",
     "workdir": f"{found.workdir}: {_status(found)}; a checkpoint takes "
     f"{_size(found.checkpoint_bytes)}, {config.checkpoint.keep} are kept, "

@@ -132,6 +132,7 @@ def finish(
     found[name] |= numbers
   found["pixels"] = probe.scores(pixels(probe.bank["image"]), pixels(probe.queries["image"]))
   # All processes compute what follows from a sharded state; the first alone keeps books.
+  held_out_loss = experiment.held_out_loss(state, probe.queries["image"])
   predictor = None
   if isinstance(experiment.method, JEPA):
     predictor = _retrieval(experiment, state, probe)
@@ -142,6 +143,7 @@ def finish(
     return {"train": {"status": status, "steps": int(state.step)}}
   count = len(probe.queries["image"])
   results = _results(experiment, workdir, found, status, seconds, count)
+  results["train"]["held_out_loss"] = held_out_loss
   if predictor is not None:
     results["predictor"] = predictor
   if start is not None:
@@ -186,12 +188,14 @@ def _results(experiment, workdir, found, status, seconds, count) -> dict[str, An
 
 def _retrieval(experiment: Experiment, state: TrainState, probe: Probe) -> dict[str, float]:
   """Whether predictions find their own place, and their own image, among held-out images."""
-  images = probe.queries["image"][:RETRIEVED]
-  placed = jax.make_array_from_callback(
-    images.shape, sharding.replicated(experiment.mesh), lambda at: images[at]
-  )
+  images = _on_all_devices(experiment, probe.queries["image"][:RETRIEVED])
   key = jax.random.key(0)
-  return retrieval(experiment.method, state.params, state.carry, placed, key)
+  return retrieval(experiment.method, state.params, state.carry, images, key)
+
+
+def _on_all_devices(experiment: Experiment, images: np.ndarray) -> jax.Array:
+  place = sharding.replicated(experiment.mesh)
+  return jax.make_array_from_callback(images.shape, place, lambda at: images[at])
 
 
 def _pictures(experiment, state, probe: Probe, features, encode) -> report.Pictures:
@@ -207,7 +211,8 @@ def _pictures(experiment, state, probe: Probe, features, encode) -> report.Pictu
     labels = probe.queries["label"][:MAP_POINTS]
     match = probe.bank["label"][near] == labels[:SHOWN_IMAGES, None]
   return report.Pictures(
-    **_mask_pictures(experiment, state, images),
+    # Reconstructions show the masks, too.
+    **(_reconstructions(experiment, state, images) or _mask_pictures(experiment, state, images)),
     neighbour_queries=images,
     neighbours=probe.bank["image"][near],
     neighbour_labels=match,
@@ -234,4 +239,23 @@ def _mask_pictures(experiment: Experiment, state: TrainState, images: np.ndarray
     "context": np.asarray(context),
     "targets": np.asarray(targets),
     "grid": grid,
+  }
+
+
+def _reconstructions(
+  experiment: Experiment, state: TrainState, images: np.ndarray
+) -> dict[str, Any]:
+  """A draw of the masks and what is made of the images, for methods that predict pixels."""
+  reconstruct = getattr(experiment.method, "reconstruct", None)
+  if reconstruct is None:
+    return {}
+  key = jax.random.wrap_key_data(np.asarray(state.key))
+  batch = {"image": _on_all_devices(experiment, images)}
+  with jax.set_mesh(experiment.mesh):
+    on_all = jax.jit(reconstruct, out_shardings=sharding.replicated(experiment.mesh))
+    found = on_all(state.params, state.carry, batch, key)
+  return {
+    "reconstruction_images": images,
+    "reconstruction": np.rint(255 * np.asarray(found.pixels)).astype(np.uint8),
+    "is_masked": np.asarray(found.is_masked).reshape(-1, *experiment.method.grid),
   }

@@ -273,6 +273,7 @@ def test_command_adds_to_its_results_and_refuses_others(encoder, tmp_path, comma
   [
     ({"given_data": "abc"}, (), "trained on arrays given in Python"),
     ({"stop": {"metric": "knn/target"}}, ("--split=test",), "that split chose the checkpoint"),
+    ({"stop": {"metric": "eval/loss"}}, ("--split=test",), "that split chose the checkpoint"),
   ],
 )
 def test_runs_whose_data_forbid_it(tmp_path, command, saved, arguments, message):

@@ -41,6 +41,7 @@ def test_results(finished):
   assert results["collapse"].keys() == ENCODERS
   assert 0 < results["collapse"]["target"]["ema_distance"] < 1
   assert results["alarms"] == []
+  assert 0 < results["train"]["held_out_loss"] < np.inf
   assert results["predictor"]["place_chance"] == 1 / 16 and 0 <= results["predictor"]["image"] <= 1
 
 
@@ -51,6 +52,8 @@ def test_history(finished):
   assert [row["step"] for row in rows if "knn/random_init" in row] == [0]
   assert any(0 < row.get("collapse/target_ema_distance", 0) < 1 for row in rows)
   assert {row["collapse/alarms"] for row in rows if "knn/target" in row} == {0}
+  held_out = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+  assert held_out.keys() == {0, 5} and min(held_out.values()) > 0
   last = rows[-1]
   for name in ("schedule/momentum", "schedule/learning_rate", "input/wait", "mask/context_tokens"):
     assert np.isfinite(last[name])
@@ -60,7 +63,13 @@ def test_history(finished):
 
 def test_report(finished):
   page = (finished[0] / "report.html").read_text()
-  for text in ("random init", "raw pixels", "jepax.fit.run(config", "data:image/png;base64"):
+  for text in (
+    "random init",
+    "raw pixels",
+    "held-out",
+    "jepax.fit.run(config",
+    "data:image/png;base64",
+  ):
     assert text in page
   assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
 
@@ -105,6 +114,41 @@ def test_early_stop_evaluates_the_best_step(tmp_path):
   assert results["train"]["status"] == "stopped" and stopped == best + 2 < 10
   with Checkpoints(tmp_path / "run" / "best") as saved:
     assert saved.latest() == best
+
+
+def test_reconstructions_are_in_the_report_of_methods_that_make_them(finished, tmp_path):
+  """Of parameters that are split over devices."""
+  config = tiny.config("mae", mesh__fsdp=2, total="1 steps", eval__every=0)
+  fit.run(config, tmp_path / "run", data=tiny.data())
+  page = (tmp_path / "run" / "report.html").read_text()
+  _, _, part = page.partition("<h2>Reconstructions</h2>")
+  part, _, _ = part.partition("</section>")
+  assert part.count('<svg class="patches"') == 8  # the visible patches of as many images
+  assert part.count("<img") == 16  # the image and what was made of it
+  assert "Reconstructions" not in (finished[0] / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_early_stop_on_the_held_out_loss(tmp_path):
+  """Which a learning rate that is too high drives up again."""
+  config = tiny.config(
+    "mae",
+    stop__metric="eval/loss",
+    stop__mode="min",
+    stop__patience=2,
+    eval__every="1 steps",
+    optim__lr=0.3,
+    total="40 steps",
+  )
+  results = fit.run(config, tmp_path / "run", data=tiny.data())
+  found = {r["step"]: r["eval/loss"] for r in read_history(tmp_path / "run") if "eval/loss" in r}
+  del found[0]
+  best = min(found, key=found.get)
+  assert results["train"]["status"] == "stopped" and max(found) == best + 2 < 40
+  with Checkpoints(tmp_path / "run" / "best") as saved:
+    assert saved.latest() == best
+  # The same state on the same 64 images, for the final numbers are of no more.
+  assert results["train"]["held_out_loss"] == found[best]
 
 
 @pytest.mark.usefixtures("one_device")
@@ -184,6 +228,7 @@ def test_probe_of_few_images_and_of_one_class():
     ({"stop__metric": "knn/targt"}, "did you mean 'knn/target'"),
     ({"stop__metric": "knn/target", "stop__mode": "maximum"}, "did you mean 'max'"),
     ({"stop__metric": "knn/target", "eval__every": 0}, "eval.every"),
+    ({"stop__metric": "eval/loss"}, "set stop.mode='min'"),
     ({"batch_size": 20}, r"batch_size=20 does not divide over 8 device\(s\).*\[16, 24\]"),
     ({"batch_size": 136}, "exceeds the 128 training images"),
     ({"optim__warmup": "11 steps"}, "is 11 steps but the run only 10"),

@@ -72,6 +72,13 @@ def test_token_mean_weighs_every_set_alike():
   np.testing.assert_allclose(losses.token_mean(x, valid), expected, rtol=RTOL)
 
 
+def test_token_means_are_those_of_each_sample():
+  x = normal(3, 2, 4, 5)
+  valid = np.arange(4) < np.asarray([[4, 1], [2, 3], [1, 1]])[..., None]
+  alone = [losses.token_mean(x[i : i + 1], valid[i : i + 1]) for i in range(3)]
+  np.testing.assert_allclose(losses.token_means(x, valid), alone, rtol=RTOL)
+
+
 def test_token_mean_of_full_sets_is_the_mean():
   x = normal(3, 4, 5)
   found = losses.token_mean(x, np.ones((3, 4), bool))

@@ -16,7 +16,9 @@ import tiny
 from jepax import config as config_lib
 from jepax import core, sharding
 from jepax.core import make_train_step
+from jepax.experiment import prepare
 from jepax.masks.tokens import Masks, TokenSet
+from jepax.methods.mae import MAE
 from jepax.methods.two_views import TwoViews
 
 METHODS = sorted(tiny.METHODS)
@@ -228,6 +230,50 @@ def check_norms(metrics, old, new):
       squares[of] += float(metrics[f"{part}/{of}_norm"]) ** 2
   for of, square in squares.items():
     assert float(metrics[f"train/{of}_norm"]) == pytest.approx(square**0.5, rel=1e-5)
+
+
+def test_held_out_loss_is_that_of_full_batches_and_changes_nothing(name, loss):
+  experiment = tiny.experiment(name)
+  state = experiment.initial_state()
+  before = jax.device_get(state)
+  images = np.concatenate([tiny.batches(1)[0]["image"], tiny.images(24, seed=1)])
+  one, two, more = (experiment.held_out_loss(state, images[:count]) for count in (16, 32, 40))
+  np.testing.assert_allclose(one, loss(seed=0)[0][0], rtol=1e-5)  # sums in another order
+  assert two != one
+  assert (more == two) == bool(experiment.method.couples_batch)  # then 8 are left out
+  assert more == experiment.held_out_loss(state, images)
+  chex.assert_trees_all_equal(jax.device_get(state), before)
+
+
+@pytest.mark.parametrize("name", ["data2vec2", "ijepa", "mae"], indirect=True)
+def test_held_out_loss_is_the_same_in_batches_of_any_size(name, one_device):
+  experiment, state, _ = one_device
+  found = []
+  for size in (7, 32):
+    config = tiny.config(name, batch_size=size)
+    other = prepare(config, data=tiny.data(), mesh=experiment.mesh)
+    found.append(other.held_out_loss(state, tiny.images(64, seed=1)))
+  np.testing.assert_allclose(found[0], found[1], rtol=1e-6)  # float32 sums of other shapes
+
+
+def test_few_images_are_a_batch_that_divides():
+  one, eight = (tiny.experiment("vicreg", devices=count) for count in (1, 8))
+  sizes = [one._coupled_batch(count) for count in (100, 16, 15, 3, 2)]
+  assert sizes == [16, 16, 8, 2, 2]
+  assert [eight._coupled_batch(count) for count in (16, 15, 7)] == [16, 8, 7]
+
+
+def test_a_loss_that_hides_those_of_its_samples_is_refused(monkeypatch):
+  whole = MAE.loss
+
+  def hiding(*arguments):
+    loss, out = whole(*arguments)
+    return loss, out.replace(each=None)
+
+  monkeypatch.setattr(MAE, "loss", hiding)
+  experiment = prepare(tiny.config("mae"), data=tiny.data(), mesh=tiny.experiment("mae").mesh)
+  with pytest.raises(ValueError, match=r"MAE couples no samples, .*LossOut\.each"):
+    experiment.held_out_loss(experiment.initial_state(), tiny.images(16))
 
 
 def test_encode_is_deterministic_and_shaped(name, one_device):

@@ -18,7 +18,7 @@ from jepax.models.heads import MLP, BatchNorm
 from jepax.models.norms import LayerNorm
 from jepax.models.predictor import Predictor
 from jepax.models.transformer import Block, layer_norm
-from jepax.models.vit import ViT, patchify, sincos2d, vit
+from jepax.models.vit import ViT, patchify, sincos2d, unpatchify, vit
 
 # Float32 through two blocks, on outputs of order 1, summed in another order.
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
@@ -151,6 +151,10 @@ def test_patchify_order():
     assert patches[b, 3 * r + c, 6 * y + 3 * x + z] == images[b, 2 * r + y, 2 * c + x, z]
   with pytest.raises(ValueError, match="images of 4x6 pixels do not divide into patches of 4"):
     patchify(images, patch=4)
+  np.testing.assert_array_equal(unpatchify(patches, grid=(2, 3), patch=2), images)
+  for wrong in ({"grid": (2, 2), "patch": 2}, {"grid": (2, 3), "patch": 5}):
+    with pytest.raises(ValueError, match="6 patches of 12 values make no image of"):
+      unpatchify(patches, **wrong)
 
 
 @pytest.mark.parametrize("grid, width", [((3, 4), 8), ((5, 2), 12)])

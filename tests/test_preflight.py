@@ -77,6 +77,7 @@ def test_what_is_found(found):
   assert found.step_memory["arguments"] >= sum(found.state_bytes.values())
   assert found.step_memory["temporaries"] > 0
   assert np.isfinite(found.metrics["train/loss"]) and found.metrics["train/loss"] > 0
+  assert 0 < found.held_out_loss < np.inf
 
 
 def test_what_moved(found):

@@ -22,6 +22,7 @@ HEADINGS = (
   "Probes over time",
   "Collapse monitors",
   "Masks on real images",
+  "Reconstructions",
   "What the predictor knows",
   "Nearest neighbours",
   "Map of the embedding",
@@ -86,6 +87,9 @@ def pictures(*, size=28, channels=1, count=3):
     context=~targets.any(1).reshape(count, -1),
     targets=targets.reshape(count, 2, -1),
     grid=(4, 6),
+    reconstruction_images=images(count),
+    is_masked=targets.any(1),
+    reconstruction=images(count),
     neighbour_queries=images(count),
     neighbours=images(count, 5),
     neighbour_labels=rng.random((count, 5)) < 0.5,
@@ -196,7 +200,8 @@ def test_missing_pieces_leave_no_section():
 
 
 @pytest.mark.parametrize(
-  "field", ["images", "targets", "grid", "neighbours", "embedding", "pca", "attention"]
+  "field",
+  ["images", "targets", "grid", "reconstruction", "neighbours", "embedding", "pca", "attention"],
 )
 def test_each_picture_is_optional(field):
   partial = vars(pictures()) | {field: None}
@@ -215,6 +220,18 @@ def test_values_that_are_missing_or_not_finite_are_left_out():
   charts = re.findall(r"<figure>.*?</figure>", page, flags=re.S)
   assert len(charts) == 2
   assert all("nan" not in chart.lower() for chart in charts)
+
+
+def test_the_held_out_loss_stands_beside_that_of_training():
+  rows = [{"step": 0, "eval/loss": 1e6}]
+  rows += [{"step": s, "train/loss": 1 / s, "eval/loss": 2 / s} for s in (1, 2, 3)]
+  page = report.render(full(history=rows))
+  (chart,) = re.findall(r"<figure>.*?</figure>", page, flags=re.S)
+  assert "var(--c0)" in chart and "var(--c5)" in chart
+  assert "1M" not in chart  # the loss before training, which would flatten the curves
+  assert ">training</span>" in page and ">held-out</span>" in page
+  alone = report.render(full(history=[{"step": 1, "train/loss": 1.0}]))
+  assert ">held-out</span>" not in alone
 
 
 def test_controls_measured_during_training_are_guides():

@@ -113,6 +113,11 @@ class Augment:
     self._check(images)
     return normalise(images, mean=self.mean, std=self.std)
 
+  def pixels(self, images: jax.Array) -> jax.Array:
+    """The inverse of `clean`, cut to the range of pixels: f32[b h w c] -> the same, in [0, 1]."""
+    mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
+    return jnp.clip(images * std + mean, 0, 1)
+
   def _one(self, key: jax.Array, image: jax.Array) -> jax.Array:
     """One image, f32[h w c] in [0, 1]."""
     image = self._crop(key, image)

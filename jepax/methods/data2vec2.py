@@ -104,7 +104,10 @@ class Data2Vec2:
     regression = scale * losses.token_mean(error, masks.targets.valid)
     summary = rearrange(x[:, 0], "(b m) d -> b m d", b=count)
     wanted = jnp.broadcast_to(target.mean(1)[:, None], summary.shape)
-    class_loss = scale * losses.squared(summary, wanted).mean()
+    class_error = losses.squared(summary, wanted)  # [b m d]
+    class_loss = scale * class_error.mean()
+    each = losses.token_means(error, masks.targets.valid)
+    each += self.class_weight * class_error.mean((1, 2))
     metrics = {
       "loss/regression": regression,
       "loss/class": class_loss,
@@ -113,7 +116,7 @@ class Data2Vec2:
       "schedule/momentum": self.momentum(step),
       **masks.metrics(),
     }
-    return regression + self.class_weight * class_loss, LossOut(carry, metrics)
+    return regression + self.class_weight * class_loss, LossOut(carry, metrics, scale * each)
 
   def targets(self, teacher: Params, images: jax.Array) -> jax.Array:
     """What the teacher says of every patch of whole images: [b h w c] -> f32[b n d]."""

@@ -100,6 +100,7 @@ class JEPA:
     )  # [b m t d]
     error = losses.OBJECTIVES[self.objective](prediction, target)
     loss = losses.token_mean(error, masks.targets.valid)
+    each = losses.token_means(error, masks.targets.valid)
     metrics = {
       "schedule/momentum": self.momentum(step),
       **masks.metrics(),
@@ -115,7 +116,7 @@ class JEPA:
       penalty, parts = self.contrast(prediction, target, masks.targets.valid)
       metrics |= parts
       loss = loss + penalty
-    return loss, LossOut(carry, metrics)
+    return loss, LossOut(carry, metrics, None if self.couples_batch else each)
 
   def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:
     """Moves the target towards the encoder, after the optimizer step."""

@@ -10,18 +10,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jepax import losses
 from jepax.config import Run
 from jepax.construct import construct
-from jepax.core import Batch, Carry, Features, LossOut, Params, sample_keys
+from jepax.core import Batch, Carry, Features, LossOut, Params, Reconstruction, sample_keys
 from jepax.data.augment import Augment
 from jepax.masks.random import Random
-from jepax.masks.tokens import Masks, TokenSet, gather
+from jepax.masks.tokens import Masks, TokenSet, gather, to_bool
 from jepax.methods.masking import build_vit
 from jepax.models.decoder import PixelDecoder
-from jepax.models.vit import patchify
+from jepax.models.vit import patchify, unpatchify
 
 
 def patch_targets(patches: jax.Array, *, normalize: bool) -> jax.Array:
@@ -33,9 +34,27 @@ def patch_targets(patches: jax.Array, *, normalize: bool) -> jax.Array:
   """
   if not normalize:
     return patches
-  mean = patches.mean(-1, keepdims=True)
-  variance = patches.var(-1, keepdims=True, ddof=1)
-  return (patches - mean) * jax.lax.rsqrt(variance + 1e-6)
+  mean, variance = _statistics(patches)
+  return (patches - mean) * jax.lax.rsqrt(variance)
+
+
+def patch_pixels(targets: jax.Array, patches: jax.Array, *, normalize: bool) -> jax.Array:
+  """The inverse of `patch_targets`, by the mean and standard deviation of the true patches.
+
+  Args:
+    targets: f32[... p*p*c], true or predicted.
+    patches: f32[... p*p*c], the true patches.
+    normalize: whether the targets were standardised.
+  """
+  if not normalize:
+    return targets
+  mean, variance = _statistics(patches)
+  return targets * jnp.sqrt(variance) + mean
+
+
+def _statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean and (unbiased) variance, the latter above 0."""
+  return patches.mean(-1, keepdims=True), patches.var(-1, keepdims=True, ddof=1) + 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,14 +102,47 @@ class MAE:
     masks = self.draw_masks(mask_key, batch)
     visible, hidden = _sets(masks)
 
-    x = self.encoder.apply({"params": params["encoder"]}, images, visible)  # [b 1+k d]
-    prediction = self.decoder.apply(
-      {"params": params["decoder"]}, x, visible, hidden, grid=self.grid
-    )  # [b t p*p*c]
+    prediction = self._predict(params, images, visible, hidden)  # [b t p*p*c]
     target = gather(patchify(images, patch=self.encoder.patch), hidden)
     target = patch_targets(target, normalize=self.normalize_patches)
-    loss = losses.token_mean(losses.squared(prediction, target), hidden.valid)
-    return loss, LossOut(carry, masks.metrics())
+    error = losses.squared(prediction, target)
+    loss, each = (f(error, hidden.valid) for f in (losses.token_mean, losses.token_means))
+    return loss, LossOut(carry, masks.metrics(), each)
+
+  def _predict(
+    self, params: Params, images: jax.Array, visible: TokenSet, hidden: TokenSet
+  ) -> jax.Array:
+    """What the hidden patches are taken for, f32[b t p*p*c], by the visible ones."""
+    x = self.encoder.apply({"params": params["encoder"]}, images, visible)  # [b 1+k d]
+    return self.decoder.apply({"params": params["decoder"]}, x, visible, hidden, grid=self.grid)
+
+  def reconstruct(
+    self, params: Params, carry: Carry, batch: Batch, key: jax.Array
+  ) -> Reconstruction:
+    """Images, not augmented, with their hidden patches predicted: to look at.
+
+    With normalize_patches a prediction lacks brightness and contrast, and is given the mean and
+    standard deviation of the very patch that is hidden. These the model does not know: a picture
+    then looks better than what it predicts.
+
+    Args:
+      params, carry, batch: as of `encode`.
+      key: of the masks.
+    """
+    images = self.views.clean(batch["image"])
+    visible, hidden = _sets(self.draw_masks(key, batch))
+    patches = patchify(images, patch=self.encoder.patch)
+    predicted = patch_pixels(
+      self._predict(params, images, visible, hidden),
+      gather(patches, hidden),
+      normalize=self.normalize_patches,
+    )  # [b t p*p*c]
+    at = jnp.where(hidden.valid, hidden.index, patches.shape[1])  # out of bounds: dropped
+    filled = jax.vmap(lambda row, i, x: row.at[i].set(x, mode="drop"))(patches, at, predicted)
+    whole = unpatchify(filled, grid=self.grid, patch=self.encoder.patch)
+    return Reconstruction(
+      pixels=self.views.pixels(whole), is_masked=to_bool(hidden, count=patches.shape[1])
+    )
 
   def update(self, params: Params, carry: Carry, step: jax.Array) -> Carry:
     """Nothing persists beside the parameters."""

@@ -53,6 +53,30 @@ def patchify(images: jax.Array, *, patch: int) -> jax.Array:
   return rearrange(images, "b (gh p) (gw q) c -> b (gh gw) (p q c)", p=patch, q=patch)
 
 
+def unpatchify(patches: jax.Array, *, grid: tuple[int, int], patch: int) -> jax.Array:
+  """Puts images together from their patches: the inverse of `patchify`.
+
+  Args:
+    patches: [b n patch*patch*c], raster order.
+    grid: patches (rows, columns) of an image, n in all.
+    patch: pixels a side.
+
+  Returns:
+    [b rows*patch columns*patch c].
+
+  Raises:
+    ValueError: another number of patches, or values that make no square of pixels.
+  """
+  chex.assert_rank(patches, 3)
+  _, n, values = patches.shape
+  if n != grid[0] * grid[1] or values % patch**2:
+    raise ValueError(
+      f"{n} patches of {values} values make no image of {grid[0]}x{grid[1]} patches with "
+      f"{patch}x{patch} pixels: give {grid[0] * grid[1]} patches of {patch**2} values a channel"
+    )
+  return rearrange(patches, "b (gh gw) (p q c) -> b (gh p) (gw q) c", gh=grid[0], p=patch, q=patch)
+
+
 @functools.cache
 def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
   """The frozen position table: [sin, cos] of the column, then [sin, cos] of the row.

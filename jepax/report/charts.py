@@ -25,6 +25,7 @@ SCHEDULES = {
   "schedule/weight_decay": "Weight decay",
   "schedule/momentum": "Target momentum",
 }
+LOSSES = {"train/loss": ("training", "--c0"), "eval/loss": ("held-out", "--c5")}
 COLLAPSE = {
   "feature_std": ("Feature std", "0 is complete collapse"),
   "cosine": ("Mean pairwise cosine", "1 is complete collapse"),
@@ -62,10 +63,11 @@ def series(history: History, name: str) -> tuple[list[float], list[float]]:
 
 def training(history: History) -> str:
   """The loss and the schedules."""
-  figures = []
-  steps, losses = series(history, "train/loss")
-  if steps:
-    figures.append(_figure("Training loss", "", _loss_chart(steps, losses)))
+  figures, keys = [], []
+  curves = _losses(history)
+  if curves:
+    figures.append(_figure("Loss", "", _loss_chart(curves)))
+    keys = [key(*LOSSES[name]) for name in curves]
   for name, title in SCHEDULES.items():
     steps, values = series(history, name)
     if steps:
@@ -74,25 +76,37 @@ def training(history: History) -> str:
   return _charts_section(
     "Training",
     [
-      "The raw loss is faint, its moving average strong.",
+      "The loss of each batch is faint, its moving average strong. The held-out loss is of the "
+      "probes' images, with the same masks and views every time.",
       "When the targets come from an encoder that itself moves, the loss may rise while the "
       "features improve: judge a run by the probes.",
     ],
     figures,
+    keys if len(keys) > 1 else (),
   )
 
 
-def _loss_chart(steps: list[float], losses: list[float]) -> str:
-  spread = max(losses) / min(losses) if min(losses) > 0 else 1
-  style = "log" if spread > 30 else "plain"
-  lines = [plots.Line(steps, losses, "--c0")]
-  if len(steps) > 20:
-    average = plots.smooth(losses, window=max(5, len(steps) // 40))
-    lines = [
-      plots.Line(steps, losses, "--c0", faint=True),
-      plots.Line(steps, list(average), "--c0"),
-    ]
-  return plots.chart(lines, name="loss", label="training loss over steps", style=style)
+def _losses(history: History) -> dict[str, tuple[list[float], list[float]]]:
+  """The curves of LOSSES, from training's first on: before it a loss would flatten all others."""
+  first, _ = series(history, "train/loss")
+  rows = [row for row in history if not first or row["step"] >= first[0]]
+  curves = {name: series(rows, name) for name in LOSSES}
+  return {name: curve for name, curve in curves.items() if curve[0]}
+
+
+def _loss_chart(curves: Mapping[str, tuple[list[float], list[float]]]) -> str:
+  """The losses of `LOSSES` that were measured; those of single batches smoothed."""
+  values = [value for _, losses in curves.values() for value in losses]
+  spread = max(values) / min(values) if min(values) > 0 else 1
+  lines = []
+  for name, (steps, losses) in curves.items():
+    colour = LOSSES[name][1]
+    if name == "train/loss" and len(steps) > 20:
+      lines.append(plots.Line(steps, losses, colour, faint=True))
+      losses = list(plots.smooth(losses, window=max(5, len(steps) // 40)))
+    lines.append(plots.Line(steps, losses, colour))
+  label = " and ".join(LOSSES[name][0] for name in curves) + " loss over steps"
+  return plots.chart(lines, name="loss", label=label, style="log" if spread > 30 else "plain")
 
 
 def probes_over_time(history: History, probes: Mapping[str, Mapping[str, float]]) -> str:

@@ -31,7 +31,7 @@ class Report:
   results: the content of results.json. 'collapse' holds {encoder: {number: value}}, 'train' the
     facts of training, and every other dict of fractions of 1 is a probe: {'knn': {'target': ..,
     'online': .., 'random_init': .., 'pixels': ..}}.
-  history: the rows of metrics.jsonl, sparse: 'step', 'train/loss', 'schedule/NAME',
+  history: the rows of metrics.jsonl, sparse: 'step', 'train/loss', 'eval/loss', 'schedule/NAME',
     'PROBE/ENCODER' such as 'knn/target', and 'collapse/ENCODER_NUMBER'.
   alarms: what collapsed, in words; empty when nothing did.
   """
@@ -72,6 +72,7 @@ def render(report: Report) -> str:
     charts.probes_over_time(report.history, probes),
     charts.collapse(report.history, report.results),
     pictures.masks(report.pictures),
+    pictures.reconstructions(report.pictures),
     protocols.predictor(report.results),
     pictures.neighbours(report.pictures),
     pictures.embedding(report.pictures),

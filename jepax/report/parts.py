@@ -23,6 +23,8 @@ class Pictures:
 
   images: u8[n h w c], with context: bool[n N] (patches the encoder sees), targets: bool[n m N]
     (patches it predicts) and grid: (rows, columns) of product N, in raster order.
+  reconstruction_images: u8[b h w c], with is_masked: bool[b rows columns] (patches hidden from the
+    encoder) and reconstruction: u8[b h w c], where these are predicted.
   neighbour_queries: u8[q h w c] and neighbours: u8[q k h w c], nearest first;
     neighbour_labels: bool[q k], whether each has the query's label.
   embedding: f32[n 2], with labels: i32[n] and class_names: one a label.
@@ -35,6 +37,9 @@ class Pictures:
   context: np.ndarray | None = None
   targets: np.ndarray | None = None
   grid: tuple[int, int] | None = None
+  reconstruction_images: np.ndarray | None = None
+  is_masked: np.ndarray | None = None
+  reconstruction: np.ndarray | None = None
   neighbour_queries: np.ndarray | None = None
   neighbours: np.ndarray | None = None
   neighbour_labels: np.ndarray | None = None

@@ -50,8 +50,7 @@ def masks(pictures: Pictures) -> str:
       f"{plots.context_overlay(uri, np.asarray(seen, bool).reshape(grid))}"
       f"{plots.target_overlay(uri, np.asarray(blocks, bool).reshape(-1, *grid))}</div>"
     )
-  heads = '<div class="three heads"><div>image</div><div>context</div><div>targets</div></div>'
-  rows = [f"<div>{heads * (i < 2)}{row}</div>" for i, row in enumerate(rows)]
+  rows = _headed(rows, "image", "context", "targets")
   return section(
     "Masks on real images",
     [
@@ -59,8 +58,42 @@ def masks(pictures: Pictures) -> str:
       f"of {targets.shape[1]} target blocks, one colour each.",
       f"{grid[0]} x {grid[1]} patches.",
     ],
-    f'<div class="masks">{"".join(rows)}</div>',
+    f'<div class="masks">{rows}</div>',
   )
+
+
+def reconstructions(pictures: Pictures) -> str:
+  """Image, what the encoder sees of it, and the same with the hidden patches predicted."""
+  images, masked, predicted = (
+    pictures.reconstruction_images,
+    pictures.is_masked,
+    pictures.reconstruction,
+  )
+  if images is None or masked is None or predicted is None:
+    return ""
+  _same_length(reconstruction_images=images, is_masked=masked, reconstruction=predicted)
+  rows = []
+  for image, hidden, whole in list(zip(images, masked, predicted, strict=True))[:MAX_IMAGES]:
+    uri = plots.image_uri(image)
+    seen = plots.context_overlay(uri, ~np.asarray(hidden, bool))
+    rows.append(f'<div class="three">{_image(image, uri=uri)}{seen}{_image(whole)}</div>')
+  return section(
+    "Reconstructions",
+    [
+      "Held-out images, what the encoder sees of them, and the same with the hidden patches "
+      "predicted.",
+      "Where the method predicts standardised patches, each is shown with the true patch's mean "
+      "and standard deviation, which it does not predict.",
+    ],
+    f'<div class="masks">{_headed(rows, "image", "visible", "reconstruction")}</div>',
+  )
+
+
+def _headed(rows: Sequence[str], *names: str) -> str:
+  """Rows of three pictures, two side by side, under the names of their columns."""
+  heads = "".join(f"<div>{name}</div>" for name in names)
+  heads = f'<div class="three heads">{heads}</div>'
+  return "".join(f"<div>{heads * (i < 2)}{row}</div>" for i, row in enumerate(rows))
 
 
 def neighbours(pictures: Pictures) -> str:

@@ -99,9 +99,10 @@ class Experiment:
     where it accumulates), and is the mean over images, so that the size does not matter; but for
     masks with compat='ijepa', which cut the contexts of neighbours to one length.
 
-    A loss that couples the batch, or does not give each sample's, is that of full batches of config.batch_size, averaged, without
-    the remainder. Of fewer images than that a batch is the largest number of them that divides
-    config.batch_size and over the devices; all of them where there is none.
+    A loss that couples the batch, or does not give that of each sample, is the mean over full
+    batches of config.batch_size, without the remainder. Of fewer images than that a batch is the
+    largest number of them that divides config.batch_size and over the devices; all of them where
+    there is none.
 
     Args:
       state: nothing of it changes.

@@ -76,7 +76,8 @@ def base() -> ConfigDict:
     )
   )
   # Early stopping on a logged metric; '' for none. knn/target: max; the held-out eval/loss: min.
-  config.stop = ConfigDict(dict(metric="", mode="max", patience=3, min_delta=0.0))
+  # collapse: probes in a row with a collapse alarm that end the run; 0 to let it go on.
+  config.stop = ConfigDict(dict(metric="", mode="max", patience=3, min_delta=0.0, collapse=0))
   config.max_skipped = 10  # non-finite updates in a row that end the run
   return config
 

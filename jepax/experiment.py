@@ -276,8 +276,9 @@ def _check_numbers(config: ConfigDict) -> None:
     config, "batch_size", "accumulate", "max_skipped", "checkpoint.keep", "eval.batch_size"
   )
   config_lib.positive(config, "stop.patience")
-  if config.stop.min_delta < 0:
-    raise ValueError(f"stop.min_delta={config.stop.min_delta} must not be negative")
+  for key in ("min_delta", "collapse"):
+    if config.stop[key] < 0:
+      raise ValueError(f"stop.{key}={config.stop[key]} must not be negative")
   if not 0 <= config.seed < 2**32:  # JAX would take it modulo 2^32
     raise ValueError(f"seed={config.seed} must lie in 0..{2**32 - 1}")
   for key in ("bank", "queries", "final_bank", "final_queries"):

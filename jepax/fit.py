@@ -60,6 +60,7 @@ class Memory:
   control: collapse numbers of the encoder at random initialisation, what alarms compare with.
   start: of weights that the run started from, what `summary.probe_start` found.
   best, best_step, waited: of early stopping: the best value, its step, and probes since.
+  collapsed: probes in a row with a collapse alarm.
   stopped_by: the rule that ended the run early, config.stop.
   """
 
@@ -70,6 +71,7 @@ class Memory:
   best: float | None = None
   best_step: int | None = None
   waited: int = 0
+  collapsed: int = 0
   stopped_by: dict[str, Any] | None = None
 
 
@@ -179,6 +181,8 @@ def end_without(lost: int, *, workdir: Path) -> None:
 def check_stop(experiment: Experiment, probe: Probe) -> None:
   """Raises ValueError where config.stop can't work."""
   rule = experiment.config.stop
+  if (rule.metric or rule.collapse) and not experiment.every["eval"]:
+    raise ValueError("config.stop is judged at the probes: set eval.every, for example '10%'")
   if not rule.metric:
     return
   one_of(rule.mode, ("max", "min"), where="stop.mode")
@@ -188,8 +192,6 @@ def check_stop(experiment: Experiment, probe: Probe) -> None:
     raise ValueError(
       f"stop.metric={HELD_OUT_LOSS!r} is the better the smaller: set stop.mode='min'"
     )
-  if not experiment.every["eval"]:
-    raise ValueError("stop.metric is watched at the probes: set eval.every, for example '10%'")
 
 
 def train(
@@ -206,7 +208,8 @@ def train(
     if experiment.config.stop.metric:
       best = stack.enter_context(Checkpoints(workdir / "best", every=1, keep=1))
     state, memory = restore(experiment, saved)
-    if memory.stopped_by == experiment.config.stop.to_dict():
+    rule = experiment.config.stop.to_dict()
+    if memory.stopped_by and base().stop.to_dict() | memory.stopped_by == rule:
       status = "stopped"  # and then killed before its report was there
     else:
       trainer = Trainer(experiment, probe, saved, best, memory, workdir, start)
@@ -365,8 +368,16 @@ class Trainer:
     return found, row
 
   def stop_early(self, step: int, state: TrainState, numbers: dict[str, float]) -> bool:
-    """Whether the watched metric has not improved for `patience` probes; keeps the best state."""
+    """Whether to end: alarms at `collapse` probes in a row, or `patience` without a better metric.
+
+    Keeps the state that is best by the metric.
+    """
     rule, memory = self.experiment.config.stop, self.memory
+    if rule.collapse:
+      alarmed = distributed.agree(numbers["collapse/alarms"]) > 0
+      memory.collapsed = (memory.collapsed + 1) * alarmed
+      if memory.collapsed >= rule.collapse:
+        return True
     if not rule.metric:
       return False
     sign = {"max": 1, "min": -1}[rule.mode]

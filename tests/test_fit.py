@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -129,6 +130,26 @@ def test_reconstructions_are_in_the_report_of_methods_that_make_them(finished, t
 
 
 @pytest.mark.usefixtures("one_device")
+def test_collapse_ends_a_run_that_asks_for_it(tmp_path):
+  """A run that does not learn at all is alarmed at every probe."""
+  still = dict(optim__lr=0.0, optim__start_lr=0.0, optim__final_lr=0.0)
+  config = tiny.config("mae", stop__collapse=2, eval__every="1 steps", **still)
+  results = fit.run(config, tmp_path / "run", data=tiny.data())
+  assert results["train"]["status"] == "stopped" and results["train"]["steps"] == 2 < 10
+  assert results["alarms"]
+
+
+def test_alarms_count_in_a_row():
+  config = tiny.config("mae", stop__collapse=2)
+  trainer = fit.Trainer(SimpleNamespace(config=config), *[None] * 3, fit.Memory(), None)
+  alarms = (1, 0, 2, 1)
+  ends = [trainer.stop_early(1, None, {"collapse/alarms": count}) for count in alarms]
+  assert ends == [False, False, False, True]
+  config.stop.collapse = 0
+  assert not trainer.stop_early(1, None, {"collapse/alarms": 1})
+
+
+@pytest.mark.usefixtures("one_device")
 def test_early_stop_on_the_held_out_loss(tmp_path):
   """Which a learning rate that is too high drives up again."""
   config = tiny.config(
@@ -239,6 +260,8 @@ def test_probe_of_few_images_and_of_one_class():
     ({"seed": 2**32}, "seed=4294967296 must lie in 0"),
     ({"checkpoint__keep": 0}, "checkpoint.keep=0 must be positive"),
     ({"stop__patience": 0}, "stop.patience=0 must be positive"),
+    ({"stop__collapse": -1}, "stop.collapse=-1 must not be negative"),
+    ({"stop__collapse": 2, "eval__every": 0}, "judged at the probes: set eval.every"),
     ({"eval__final_bank": 1}, "eval.final_bank=1 must be at least 2"),
   ],
 )

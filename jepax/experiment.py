@@ -22,6 +22,8 @@ from jepax.data.loader import Loader
 from jepax.evals import collapse
 from jepax.evals.batches import in_batches
 
+HELD_OUT_LOSS = "eval/loss"
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -91,8 +93,10 @@ class Experiment:
 
     return {branch: bind(encode) for branch, encode in self.encode.items()}
 
-  def held_out_loss(self, state: TrainState, images: np.ndarray) -> float:
-    """The method's own loss on images it does not learn from; the same for the same state.
+  def held_out_loss(self, state: TrainState, images: np.ndarray) -> dict[str, float]:
+    """{'eval/loss': the method's own loss on images it does not learn from}, empty without any.
+
+    The same for the same state.
 
     Views and masks come from a fixed key and an image's place among the images, as in training
     from the step's key and the row. It is computed in batches of the training's size (micro-batches
@@ -106,8 +110,10 @@ class Experiment:
 
     Args:
       state: nothing of it changes.
-      images: u8[n h w c], n at least 2, all on every process.
+      images: of the probe, u8[n h w c], n at least 2, all on every process.
     """
+    if self.data.test is None:
+      return {}
     size, count = self.config.batch_size // self.config.accumulate, len(images)
     if not self.per_sample:
       size = self._coupled_batch(count)
@@ -118,7 +124,7 @@ class Experiment:
       return self.losses(state.params, state.carry, state.step, *placed)
 
     found = in_batches(losses, np.arange(count, dtype=np.int32), batch_size=size)
-    return float(found.mean(dtype=np.float64))
+    return {HELD_OUT_LOSS: float(found.mean(dtype=np.float64))}
 
   def _coupled_batch(self, count: int) -> int:
     """Images a batch, of `count`, where the loss couples them."""
@@ -293,7 +299,7 @@ def _check_init(init: ConfigDict) -> None:
   config_lib.one_of(init.positions, ("", "interpolate", "recompute"), where="init.positions")
   idle = [f"init.{key}={init[key]!r}" for key in ("branch", "positions") if init[key]]
   if idle and not init.weights:
-    raise ValueError(f"{' and '.join(idle)} need weights to start from: set init.weights")
+    raise ValueError(f"{' and '.join(idle)} without weights to start from: set init.weights")
 
 
 def _check_batch(config: ConfigDict, mesh: Mesh) -> None:

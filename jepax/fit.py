@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,8 +26,8 @@ from jepax.config import Run, base, one_of
 from jepax.core import Method, TrainState
 from jepax.data.build import Data
 from jepax.data.loader import Loader
-from jepax.evals.online import Probe, flatten
-from jepax.experiment import Experiment, prepare
+from jepax.evals.online import SCORES, Probe, flatten
+from jepax.experiment import HELD_OUT_LOSS, Experiment, prepare
 from jepax.lock import local_path, lock
 from jepax.metrics import SHOWN, Progress, Shown, Writer, check_wandb
 from jepax.pretrained import Preprocess
@@ -41,7 +42,7 @@ FREE_KEYS = (
 )
 
 
-HELD_OUT_LOSS = "eval/loss"
+SCORED = tuple(f"{name}/" for name in SCORES)
 
 
 class Diverged(RuntimeError):
@@ -187,7 +188,16 @@ def check_stop(experiment: Experiment, probe: Probe) -> None:
     return
   one_of(rule.mode, ("max", "min"), where="stop.mode")
   probed = probe.metrics(experiment.method.branches)
-  one_of(rule.metric, [*experiment.metrics, HELD_OUT_LOSS, *probed], where="stop.metric")
+  if experiment.data.test is not None:
+    probed.append(HELD_OUT_LOSS)
+  elif rule.metric == HELD_OUT_LOSS or rule.metric.startswith(SCORED):
+    raise ValueError(
+      f"stop.metric={rule.metric!r} needs held-out images, and this data has none: set "
+      "data.eval_fraction, or give a test split"
+    )
+  if probe.num_classes is None and rule.metric.startswith(SCORED):
+    raise ValueError(f"stop.metric={rule.metric!r} needs labels, of two classes or more")
+  one_of(rule.metric, [*experiment.metrics, *probed], where="stop.metric")
   if rule.metric == HELD_OUT_LOSS and rule.mode == "max":
     raise ValueError(
       f"stop.metric={HELD_OUT_LOSS!r} is the better the smaller: set stop.mode='min'"
@@ -362,7 +372,7 @@ class Trainer:
     for text in alarms:
       self.progress.message(f"ALARM at step {step}: {text}")
     loss = self.experiment.held_out_loss(state, self.probe.queries["image"])
-    row = {**flatten(found), HELD_OUT_LOSS: loss, "collapse/alarms": len(alarms)}
+    row = {**flatten(found), **loss, "collapse/alarms": len(alarms)}
     self.writer.write(step, row)
     self.progress.update(step, row)
     return found, row
@@ -382,7 +392,8 @@ class Trainer:
       return False
     sign = {"max": 1, "min": -1}[rule.mode]
     value = distributed.agree(numbers[rule.metric])
-    if memory.best is None or sign * (value - memory.best) > rule.min_delta:
+    best = memory.best
+    if math.isfinite(value) and (best is None or sign * (value - best) > rule.min_delta):
       memory.best, memory.best_step, memory.waited = value, step, 0
       self.best.save(step, state, meta=self.meta(), force=True)
       return False

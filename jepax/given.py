@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from jepax.config import Run
-from jepax.core import Batch, Features, LossOut, Method, TrainState
+from jepax.core import Batch, Features, LossOut, Method, Reconstruction, TrainState
 from jepax.evals.predictor import retrieve
 from jepax.masks.tokens import Masks
 from jepax.methods.jepa import JEPA
@@ -39,6 +40,11 @@ def resolve(method: Method | Callable[[Run], Method], run: Run) -> Method:
   Raises:
     ValueError: it lacks a part of `jepax.core.Method`, or has one that can't work.
   """
+  if isinstance(method, nn.Module):
+    raise ValueError(
+      f"method={type(method).__name__} is a flax module, not a method: give it as the encoder of "
+      "one, such as jepax.methods.jepa.JEPA(encoder=...)"
+    )
   if callable(method) and not isinstance(method, type) and not hasattr(method, "loss"):
     method = method(run)
   if isinstance(method, type):
@@ -97,15 +103,23 @@ def check_shapes(method: Method, state: TrainState, batch: Batch) -> bool:
   params, carry = state.params, state.carry
   rows = {**batch, "sample": jax.ShapeDtypeStruct(batch["image"].shape[:1], np.int32)}
   found = jax.eval_shape(method.loss, params, carry, rows, key, state.step)
-  if not isinstance(found, tuple) or not isinstance(found[-1], LossOut) or found[0].shape != ():
+  pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], LossOut)
+  if not pair or getattr(found[0], "shape", None) != ():
     raise ValueError(
       f"{name}.loss must return a scalar and a jepax.core.LossOut(carry, metrics), found "
       f"{jax.tree.map(_shape, found)}"
     )
-  per_sample = found[1].each is not None
-  if per_sample and found[1].each.shape != batch["image"].shape[:1]:
+  metrics, each = found[1].metrics, found[1].each
+  if not isinstance(metrics, Mapping) or any(
+    not isinstance(key, str) or getattr(x, "shape", None) != () for key, x in metrics.items()
+  ):
     raise ValueError(
-      f"{name}.loss gives {_shape(found[1].each)} as LossOut.each, the loss of each of "
+      f"{name}.loss must give LossOut.metrics as a dict of scalars by name, "
+      f"{{'group/name': f32[]}}; found {jax.tree.map(_shape, metrics)}"
+    )
+  if each is not None and getattr(each, "shape", None) != batch["image"].shape[:1]:
+    raise ValueError(
+      f"{name}.loss gives {jax.tree.map(_shape, each)} as LossOut.each, the loss of each of "
       f"{batch['image'].shape[0]} samples; leave it out where it can't be told"
     )
   moved = jax.eval_shape(method.update, params, found[1].carry, state.step)
@@ -134,9 +148,16 @@ def check_shapes(method: Method, state: TrainState, batch: Batch) -> bool:
         f"{name}.draw_masks must return jepax.masks.Masks of the patches (rows, columns) in "
         f"{name}.grid, since the report shows a draw; name it otherwise where it is something else"
       )
+  if hasattr(method, "reconstruct"):
+    found = jax.eval_shape(method.reconstruct, params, carry, batch, key)
+    if not isinstance(found, Reconstruction) or not hasattr(method, "grid"):
+      raise ValueError(
+        f"{name}.reconstruct must return a jepax.core.Reconstruction of the patches (rows, "
+        f"columns) in {name}.grid, for the report; name it otherwise where it is something else"
+      )
   if isinstance(method, JEPA):
     jax.eval_shape(functools.partial(retrieve, method), params, carry, batch["image"], key)
-  return per_sample
+  return each is not None
 
 
 def _shape(x: Any) -> str:

@@ -145,7 +145,7 @@ def frozen(paths: Iterable[str]) -> optax.GradientTransformation:
   Raises:
     ValueError: at the first use, a path that the parameters don't have, or all of them frozen.
   """
-  paths = [path.strip(" /") for path in paths]
+  paths = [path for path in (path.strip(" /") for path in paths) if path]
 
   def below(name, path):
     return f"{name}/".startswith(f"{path}/")
@@ -155,7 +155,7 @@ def frozen(paths: Iterable[str]) -> optax.GradientTransformation:
       at = path
       while at and not any(below(name, at) for name in names):
         at = at.rpartition("/")[0]
-      if at != path or not path:  # what there is instead, on the level that it leaves the tree at
+      if at != path:  # what there is instead, on the level that it leaves the tree at
         depth = 1 + len(at.split("/")) if at else 1
         there = [name for name in names if not at or below(name, at)]
         there = dict.fromkeys("/".join(name.split("/")[:depth]) for name in there)

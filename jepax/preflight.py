@@ -31,7 +31,7 @@ from jepax.data.build import Data
 from jepax.data.sources import ArraySource
 from jepax.evals.features import extract
 from jepax.evals.online import Probe
-from jepax.experiment import Experiment, prepare
+from jepax.experiment import HELD_OUT_LOSS, Experiment, prepare
 from jepax.lock import local_path, lock
 from jepax.metrics import check_wandb, history_until
 from jepax.models.encoder import split
@@ -54,7 +54,7 @@ class Findings:
   device_bytes: what a device has, None where it does not tell.
   compile_seconds, step_seconds, probe_seconds: of the training step's compilation, of the second
     of two steps, and of encoding the probe's images once with one encoder.
-  held_out_loss: of a batch of the probe's images, after two steps.
+  held_out_loss: of a batch of the probe's images, after two steps; None without held-out images.
   input_seconds: for one batch with the configured threads, as if they ran on cores of their own.
   metrics: of the second step.
   start: which weights the run starts from; '' for random ones, or where it goes on.
@@ -74,7 +74,7 @@ class Findings:
   step_seconds: float
   input_seconds: float
   probe_seconds: float
-  held_out_loss: float
+  held_out_loss: float | None
   metrics: dict[str, float]
   start: str
   moved: dict[str, tuple[int, int]]
@@ -141,7 +141,7 @@ def run(
     probe_seconds=encode_probe(experiment, state, probe),
     held_out_loss=experiment.held_out_loss(
       state, probe.queries["image"][: experiment.config.batch_size]
-    ),
+    ).get(HELD_OUT_LOSS),
     metrics=fit.scalars(metrics),
     start="" if start is None else start.text,
     moved=moved,
@@ -276,7 +276,7 @@ def take_steps(
   after = jax.device_get(fingerprints(state))
   moved = {name: (int((old != after[name]).sum()), old.size) for name, old in before.items()}
   still = [name for name, (count, _) in moved.items() if not count]
-  if still:
+  if still and not experiment.config.optim.frozen:
     raise ValueError(
       f"two steps changed nothing in: {', '.join(still)}. Check optim.lr, the method's loss (does "
       "a gradient reach them?) and its update and momentum."
@@ -353,6 +353,8 @@ def _table(found: Findings) -> dict[str, str]:
   every = experiment.every["eval"]
   probes = (experiment.steps - 1) // every + 1 if every else 1  # one at random initialisation
   moved = ", ".join(f"{name} {count} of {all_}" for name, (count, all_) in found.moved.items())
+  loss = found.held_out_loss
+  held_out = "" if loss is None else f"; held-out loss {loss:.4g}"
   return {
     "method": f"{experiment.name}, {found.parameters:,} parameters, {config.precision}",
     "start": found.start or _no_start(found),
@@ -368,8 +370,7 @@ def _table(found: Findings) -> dict[str, str]:
     "input": f"{found.input_seconds:.3g} s a batch, {found.input_share:.0%} of a step"
     + " (training would wait)" * (found.input_share > 1),
     "probe": f"{found.probe_seconds:.3g} s to encode once with one of "
-    f"{len(experiment.method.branches)} encoder(s), {probes} times; "
-    f"held-out loss {found.held_out_loss:.4g}",
+    f"{len(experiment.method.branches)} encoder(s), {probes} times{held_out}",
     "moved": f"{moved} leaves",
     "workdir": f"{found.workdir}: {_status(found)}; a checkpoint takes "
     f"{_size(found.checkpoint_bytes)}, {config.checkpoint.keep} are kept, "

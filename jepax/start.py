@@ -8,6 +8,7 @@ given a tree of their places, it returns the places of a branch's encoder.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -74,11 +75,12 @@ def read_start(experiment: Experiment, workdir: Path) -> Start | None:
   init = experiment.config.init
   if not init.weights or finished_steps(workdir / "checkpoints"):
     return None
-  weights = source.read(str(init.weights))
+  weights = source.read(str(init.weights), method=_own_method(experiment, str(init.weights)))
   if init.branch:
     one_of(init.branch, weights.branches, where="init.branch")
   where = f"init.weights={init.weights!r}"
-  _check_encoder(weights.module, experiment.method.encoder, where=where)
+  section = experiment.config.method.get("encoder", {})
+  _check_encoder(weights.module, experiment.method.encoder, section=section, where=where)
   _check_normalisation(weights, experiment.data, where=where)
   weights = _at_grid(weights, experiment, where=where)
   taken = _branches(experiment.method.branches, tuple(weights.branches), chosen=init.branch)
@@ -91,6 +93,14 @@ def read_start(experiment: Experiment, workdir: Path) -> Start | None:
       texts.append(f"{name} {text}")
   origin = "{path} ({format}, sha256 {sha256})".format(**weights.origin)
   return Start(origin=origin, text=f"{origin}: {', '.join(texts)}", values=values)
+
+
+def _own_method(experiment: Experiment, path: str) -> Any:
+  """The method that the caller gave, where the weights are those of a run that was given one."""
+  claimed = Path(path).expanduser() / "config.json"
+  if experiment.config.method or not claimed.is_file():
+    return None
+  return experiment.method if "given_method" in json.loads(claimed.read_text()) else None
 
 
 # --- which set goes where -----------------------------------------------------------------------
@@ -189,7 +199,9 @@ def _place(path: jax.tree_util.KeyPath) -> str:
 # --- whether they fit ---------------------------------------------------------------------------
 
 
-def _check_encoder(theirs: nn.Module, own: nn.Module, *, where: str) -> None:
+def _check_encoder(
+  theirs: nn.Module, own: nn.Module, *, section: Mapping[str, Any], where: str
+) -> None:
   """Raises ValueError where the weights are of another architecture than the run's encoder."""
   kinds = type(theirs).__name__, type(own).__name__
   if kinds[0] != kinds[1]:
@@ -202,10 +214,12 @@ def _check_encoder(theirs: nn.Module, own: nn.Module, *, where: str) -> None:
     values = {name: _setting(theirs, name) for name in differ}
     shown = [f"{n}={x!r} (here {_setting(own, n)!r})" for n, x in list(values.items())[:SHOWN]]
     more = f" and {len(differ) - SHOWN} more" * (len(differ) > SHOWN)
+    decided = "class_token" in values and "class_token" not in section
     keys = shlex.join(f"--config.method.encoder.{n}={x}" for n, x in values.items())
+    remedy = "; the method decides on a class token" if decided else f", or set {keys}"
     raise ValueError(
       f"{where} does not fit the run's encoder: it has {', '.join(shown)}{more}. Choose other "
-      f"weights, or set, where the method leaves it open, {keys}"
+      f"weights{remedy}"
     )
 
 

@@ -18,7 +18,7 @@ from jepax.evals import collapse, pictures
 from jepax.evals.features import extract_tokens, pixels
 from jepax.evals.online import SCORES, Probe
 from jepax.evals.predictor import retrieval
-from jepax.experiment import Experiment
+from jepax.experiment import HELD_OUT_LOSS, Experiment
 from jepax.masks.tokens import to_bool
 from jepax.methods.jepa import JEPA
 from jepax.metrics import read_history, write_json
@@ -47,7 +47,10 @@ def make_probe(experiment: Experiment, *, final: bool) -> Probe:
     bank if data.test is None else take(data.test, data.eval_transform, count=query_size, seed=0)
   )
   if len(queries["image"]) < 2:
-    raise ValueError("there is 1 held-out image; collapse is seen across images: give 2 or more")
+    raise ValueError(
+      "there is 1 held-out image; collapse is seen across images: give 2 or more, such as by a "
+      "larger data.eval_fraction"
+    )
   labelled = data.test is not None and "label" in bank and "label" in queries
   labelled = labelled and data.num_classes > 1  # one folder of images is no class
   return Probe(bank, queries, data.num_classes if labelled else None, c.batch_size)
@@ -143,7 +146,8 @@ def finish(
     return {"train": {"status": status, "steps": int(state.step)}}
   count = len(probe.queries["image"])
   results = _results(experiment, workdir, found, status, seconds, count)
-  results["train"]["held_out_loss"] = held_out_loss
+  if held_out_loss:
+    results["train"]["held_out_loss"] = held_out_loss[HELD_OUT_LOSS]
   if predictor is not None:
     results["predictor"] = predictor
   if start is not None:

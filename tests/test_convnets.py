@@ -267,7 +267,7 @@ def finished(tmp_path_factory, eight):
   """(workdir, results) of its run of a few steps."""
   workdir = tmp_path_factory.mktemp("run") / "work"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(fit, "prepare", lambda config, data: eight)  # compiled once for all tests
+    patch.setattr(fit, "prepare", lambda config, data, method: eight)  # compiled once for all tests
     return workdir, fit.run(config(), workdir, data=tiny.data())
 
 

@@ -139,6 +139,13 @@ def test_collapse_ends_a_run_that_asks_for_it(tmp_path):
   assert results["alarms"]
 
 
+def test_a_loss_that_is_no_number_is_never_the_best():
+  config = tiny.config("mae", stop__metric="eval/loss", stop__mode="min", stop__patience=2)
+  trainer = fit.Trainer(SimpleNamespace(config=config), *[None] * 3, fit.Memory(), None)
+  assert [trainer.stop_early(1, None, {"eval/loss": np.nan}) for _ in range(2)] == [False, True]
+  assert trainer.memory.best is None
+
+
 def test_alarms_count_in_a_row():
   config = tiny.config("mae", stop__collapse=2)
   trainer = fit.Trainer(SimpleNamespace(config=config), *[None] * 3, fit.Memory(), None)

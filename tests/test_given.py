@@ -27,6 +27,7 @@ from jepax.experiment import prepare
 from jepax.given import describe
 from jepax.methods.jepa import JEPA
 from jepax.optim import linear
+from jepax.start import read_start
 
 
 class Rows(nn.Module):
@@ -132,6 +133,20 @@ def test_the_same_method_goes_on(finished):
   assert again["knn"] == results["knn"] and again["train"] == results["train"]
 
 
+def test_another_run_of_it_starts_from_its_weights(finished):
+  other = config()
+  other.init.weights = str(finished[0])
+  run = prepare(other, data=tiny.data(), method=autoencoder)
+  state = read_start(run, finished[0].parent / "new").into(run.initial_state())
+  with Checkpoints(finished[0] / "checkpoints") as saved:
+    trained, _ = saved.restore(run.abstract_state)
+  encoder, wanted = state.params["encoder"], trained.params["encoder"]
+  chex.assert_trees_all_equal(jax.device_get(encoder), jax.device_get(wanted))
+  with pytest.raises(ValueError, match=r"Autoencoder, which its config can't bring back"):
+    config_of_ours = tiny.config("mae", init__weights=str(finished[0]))
+    read_start(prepare(config_of_ours, data=tiny.data()), finished[0].parent / "new")
+
+
 def test_a_dry_run(tmp_path, capsys):
   found = preflight.run(config(), tmp_path / "new", data=tiny.data(), method=Autoencoder())
   preflight.show(found)
@@ -201,6 +216,29 @@ class Dropped(Autoencoder):
     return super().loss(params, carry, batch, key, step)[0]
 
 
+class Telling(Autoencoder):
+  metrics: dict | None = None
+  each: jax.Array | None = None
+
+  def loss(self, params, carry, batch, key, step):
+    loss, out = super().loss(params, carry, batch, key, step)
+    return loss, out.replace(metrics=self.metrics, each=self.each)
+
+
+class Vector(Telling):
+  metrics = {"loss/vector": np.zeros(3)}  # noqa: RUF012
+
+
+class Half(Telling):
+  metrics = {}  # noqa: RUF012
+  each = np.zeros(2, np.float32)
+
+
+class Rebuilt(Autoencoder):
+  def reconstruct(self, params, carry, batch, key):
+    return batch["image"]
+
+
 class Grown(Autoencoder):
   def update(self, params, carry, step):
     return {"target": params["decoder"]}
@@ -225,6 +263,11 @@ class Listed(Autoencoder):
     (Thawed(), "method=Thawed can't be hashed .*frozen=True"),
     (Shown(), "Shown.draw_masks must return jepax.masks.Masks"),
     (Dropped(), r"Dropped.loss must return a scalar and .*LossOut.*found float32\[\]"),
+    (Rows(), "method=Rows is a flax module, not a method: give it as the encoder"),
+    (Telling(), "Telling.loss must give LossOut.metrics as a dict of scalars.* found None"),
+    (Vector(), r"Vector.loss must give .*scalars by name.*found {'loss/vector': 'float32\[3\]'}"),
+    (Half(), r"Half.loss gives float32\[2\] as LossOut.each, the loss of each of 16 samples"),
+    (Rebuilt(), "Rebuilt.reconstruct must return a jepax.core.Reconstruction"),
     (Grown(), r"Grown.update must return a carry like that of init, {}, found .*float32\[8, 16\]"),
     (Bare(), r"Bare.encode\(branch='encoder'\) must return jepax.core.Features .*\[16, 8\]"),
     (Listed(), r"Listed.weights\(branch='encoder'\) must return a dict of arrays, found list"),

@@ -251,7 +251,12 @@ MISFITS = [
   ),
   ("ijepa", dict(method__encoder__patch=2), {}, r"patch=4 \(here 2\).*method.encoder.patch=4$"),
   ("ijepa", dict(method__encoder__heads=4), {}, r"heads=2 \(here 4\)"),
-  ("mae", {}, {}, r"class_token=False \(here True\)"),
+  (
+    "mae",
+    {},
+    {},
+    r"class_token=False \(here True\).* weights; the method decides on a class token$",
+  ),
   ("data2vec2", {}, {}, r"norms='pre' \(here 'post'\)"),
   ("ijepa", dict(method__encoder__norm_epsilon=1e-5), {}, r"norm_epsilon=1e-06 \(here 1e-05\)"),
   ("simclr", dict(method__encoder=RESNET), {}, r"a ViT, and the run's encoder is a ResNet: set"),
@@ -279,7 +284,7 @@ def test_parameters_that_no_setting_tells_of(run, tmp_path):
     params["embed/extra"] = np.zeros(3, np.float32)
     del params["norm/bias"]
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(source, "read", lambda path: weights)
+    patch.setattr(source, "read", lambda path, method: weights)
     with pytest.raises(
       ValueError, match=r"embed/extra \[3\], here none; norm/bias none, here \[32"
     ):
@@ -303,8 +308,8 @@ def test_no_weights_there(tmp_path, there):
 @pytest.mark.parametrize(
   ("init", "message"),
   [
-    (dict(init__branch="target"), r"init.branch='target' need.* set init.weights"),
-    (dict(init__positions="recompute"), r"init.positions='recompute' need"),
+    (dict(init__branch="target"), r"init.branch='target' without .* set init.weights"),
+    (dict(init__positions="recompute"), r"init.positions='recompute' without"),
     (dict(init__positions="interpolat"), r"did you mean 'interpolate'"),
   ],
 )

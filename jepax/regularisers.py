@@ -30,8 +30,7 @@ class Regulariser:
 
   def __post_init__(self):
     one_of(self.on, ("pooled", "tokens"), where="on")
-    if not self.weight > 0:
-      raise ValueError(f"weight must be above 0, found {self.weight}; remove it for none")
+    _check_weight(self.weight)
 
   def __call__(
     self, tokens: jax.Array, valid: jax.Array, key: jax.Array
@@ -121,8 +120,7 @@ class Contrast:
 
   def __post_init__(self):
     losses.check_temperature(self.temperature)
-    if not self.weight > 0:
-      raise ValueError(f"weight must be above 0, found {self.weight}; remove it for none")
+    _check_weight(self.weight)
 
   def __call__(
     self, prediction: jax.Array, target: jax.Array, valid: jax.Array
@@ -144,6 +142,11 @@ class Contrast:
     pooled = (x.astype(jnp.float32).mean((1, 2), where=of_valid) for x in (prediction, target))
     loss = losses.info_nce(*pooled, temperature=self.temperature)
     return self.weight * loss, {"loss/contrast": loss}
+
+
+def _check_weight(weight: float) -> None:
+  if not weight > 0:
+    raise ValueError(f"weight must be above 0, found {weight}; remove it for none")
 
 
 REGULARISERS = {"vicreg": VarianceCovariance, "sigreg": Gaussian}

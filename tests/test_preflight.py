@@ -246,6 +246,21 @@ def test_steps_that_go_wrong(found, bad):
     preflight.take_steps(found.experiment, step, state, {})
 
 
+def test_a_frozen_encoder_may_stay_and_nothing_else(found):
+  experiment = found.experiment
+  config = experiment.config.copy_and_resolve_references()
+  with config.unlocked():
+    config.optim.frozen = "encoder"
+  experiment = dataclasses.replace(experiment, config=config)
+
+  def step(state, batch):
+    names = ("train/skipped_in_a_row", "train/loss", "train/grad_norm")
+    return state.replace(step=state.step + 1), dict.fromkeys(names, 0.0)
+
+  with pytest.raises(ValueError, match=r"nothing in: optimizer, parameters\. Check"):
+    preflight.take_steps(experiment, step, experiment.initial_state(), {})
+
+
 def test_a_step_that_does_not_fit():
   message = r"does not fit the device: RESOURCE_EXHAUSTED: .*mesh\.fsdp"
   with pytest.raises(ValueError, match=message), preflight._fits():
